@@ -1,5 +1,8 @@
 #include "common/cpu.h"
 
+#include <cstdlib>
+#include <new>
+
 namespace eva02 {
 namespace {
 
@@ -20,6 +23,14 @@ Isa& current_isa() {
 }
 
 }  // namespace
+
+void* allocate_workspace(size_t bytes) {
+  void* p = nullptr;
+  if (posix_memalign(&p, 64, bytes) != 0) throw std::bad_alloc();
+  return p;
+}
+
+void free_workspace(void* p) { free(p); }
 
 Isa cpu_isa() { return current_isa(); }
 bool cpu_has(Isa isa) { return static_cast<int>(isa) <= static_cast<int>(best_isa()); }

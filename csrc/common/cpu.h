@@ -2,6 +2,7 @@
 // Nothing here, nor in any launcher or kernel, knows torch; only the *_registration.cpp files do.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace eva02 {
@@ -30,6 +31,10 @@ struct Runtime {
         const_cast<void*>(static_cast<const void*>(&f)));
   }
 };
+
+// Memory for the duration of a call, on a cache line; throws std::bad_alloc. Call it outside parallel regions.
+void* allocate_workspace(size_t bytes);
+void free_workspace(void* p);
 
 enum class Isa : int { baseline, avx2, avx512 };
 
