@@ -1,0 +1,67 @@
+#include "common/param_adapter.h"
+#include "subln_swiglu/subln_swiglu.h"
+
+namespace eva02 {
+namespace {
+
+// Activations are 2-D (rows, F) with a contiguous last dim, parameters (F,) contiguous, mean and rstd (rows,) float32;
+// the Python adapter has checked shapes and dtypes.
+void subln_swiglu_fwd_cpu(Tensor gate, Tensor up, Tensor weight, Tensor bias, double eps, Tensor out, Tensor mean,
+                          Tensor rstd) {
+  run_subln_swiglu_fwd({.dtype = dtype_of(gate, "gate"),
+                        .gate = ptr(gate),
+                        .up = ptr(up),
+                        .weight = param_of(weight, "weight"),
+                        .bias = param_of(bias, "bias"),
+                        .eps = static_cast<float>(eps),
+                        .out = ptr(out),
+                        .mean = ptr_as<float>(mean),
+                        .rstd = ptr_as<float>(rstd),
+                        .rows = gate.size(0),
+                        .F = gate.size(1),
+                        .gate_stride = gate.stride(0),
+                        .up_stride = up.stride(0),
+                        .out_stride = out.stride(0)},
+                       torch_runtime());
+}
+
+void subln_swiglu_bwd_cpu(Tensor dout, Tensor gate, Tensor up, Tensor weight, Tensor mean, Tensor rstd, OptTensor dgate,
+                          OptTensor dup, OptTensor dweight, OptTensor dbias) {
+  run_subln_swiglu_bwd({.dtype = dtype_of(gate, "gate"),
+                        .dout = ptr(dout),
+                        .gate = ptr(gate),
+                        .up = ptr(up),
+                        .weight = param_of(weight, "weight"),
+                        .mean = ptr_as<float>(mean),
+                        .rstd = ptr_as<float>(rstd),
+                        .dgate = ptr(dgate),
+                        .dup = ptr(dup),
+                        .dweight = param_grad_of(dweight, "dweight"),
+                        .dbias = param_grad_of(dbias, "dbias"),
+                        .rows = gate.size(0),
+                        .F = gate.size(1),
+                        .dout_stride = dout.stride(0),
+                        .gate_stride = gate.stride(0),
+                        .up_stride = up.stride(0),
+                        .dgate_stride = row_stride(dgate),
+                        .dup_stride = row_stride(dup)},
+                       torch_runtime());
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(eva02_kernels_C, m) {
+  m.def(
+      "subln_swiglu_fwd_cpu(Tensor gate, Tensor up, Tensor weight, Tensor bias, float eps, Tensor(a!) out, "
+      "Tensor(b!) mean, Tensor(c!) rstd) -> ()");
+  m.def(
+      "subln_swiglu_bwd_cpu(Tensor dout, Tensor gate, Tensor up, Tensor weight, Tensor mean, Tensor rstd, "
+      "Tensor(a!)? dgate, Tensor(b!)? dup, Tensor(c!)? dweight, Tensor(d!)? dbias) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(eva02_kernels_C, CPU, m) {
+  m.impl("subln_swiglu_fwd_cpu", TORCH_BOX(&subln_swiglu_fwd_cpu));
+  m.impl("subln_swiglu_bwd_cpu", TORCH_BOX(&subln_swiglu_bwd_cpu));
+}
+
+}  // namespace eva02
