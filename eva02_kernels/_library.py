@@ -1,0 +1,121 @@
+"""Turns an :class:`~eva02_kernels._registry.OpSpec` into ``torch.ops.eva02_kernels.<op>_fwd`` and ``_bwd``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eva02_kernels import _registry
+from eva02_kernels._registry import OpSpec
+
+_library = torch.library.Library("eva02_kernels", "DEF")
+
+
+def define(spec: OpSpec) -> OpSpec:
+    """Define both operators of ``spec`` (schema, dispatch to backends, fake, autograd) and register the spec."""
+    fwd, bwd = f"{spec.name}_fwd", f"{spec.name}_bwd"
+    _library.define(f"{fwd}({spec.fwd_schema}, str backend) -> {spec.fwd_returns}")
+    _library.define(f"{bwd}({spec.bwd_schema}, str backend) -> Tensor[]")
+    # One kernel for every device: the device is one of the things that a backend may refuse.
+    _library.impl(fwd, _implementation(spec, "fwd"), "CompositeExplicitAutograd")
+    _library.impl(bwd, _implementation(spec, "bwd"), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"eva02_kernels::{fwd}", lambda *args: spec.fake_fwd(*args[:-1]), lib=_library)
+    torch.library.register_fake(f"eva02_kernels::{bwd}", lambda *args: spec.fake_bwd(*args[:-1]), lib=_library)
+    torch.library.register_autograd(
+        f"eva02_kernels::{fwd}", _backward(spec), setup_context=_setup_context(spec), lib=_library
+    )
+    torch.library.register_autograd(
+        f"eva02_kernels::{bwd}", _refuse_second_derivative(spec.name), setup_context=_no_context, lib=_library
+    )
+    return _registry.register(spec)
+
+
+def _implementation(spec: OpSpec, direction: str) -> Callable[..., Any]:
+    def implementation(*args: Any) -> Any:
+        backend = _registry.choose(spec, direction, args[-1], args[:-1])
+        return (backend.fwd if direction == "fwd" else backend.bwd)(*args[:-1])
+
+    return implementation
+
+
+def _setup_context(spec: OpSpec) -> Callable[..., None]:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.set_materialize_grads(False)  # statistics have no gradient: no zeros are allocated for them
+        ctx.backend = inputs[-1]
+        spec.setup_context(ctx, inputs[:-1], output)
+
+    return setup_context
+
+
+def _backward(spec: OpSpec) -> Callable[..., Any]:
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        if all(g is None for g in grads):
+            return (None,) * len(ctx.needs_input_grad)
+        return (*spec.backward(ctx, *grads), None)
+
+    return backward
+
+
+def _no_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    pass
+
+
+def _refuse_second_derivative(name: str) -> Callable[..., Any]:
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(f'second derivatives of {name}: use backend="eager"')
+
+    return backward
+
+
+def scatter_grads(grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    """Gradients that a ``_bwd`` operator returned, put back at the places that asked for one."""
+    it = iter(grads)
+    return [next(it) if need else None for need in needs]
+
+
+def eager_gradients(
+    reference: Callable[..., Any],
+    args: tuple[Any, ...],
+    positions: Sequence[int],
+    needs: Sequence[bool],
+    grads: Sequence[Tensor | None],
+) -> list[Tensor]:
+    """Gradients of ``reference(*args)`` for the arguments at ``positions`` that ``needs`` flags, by autograd.
+
+    Runs inside an operator, where the dispatcher skips autograd; it is switched on again for the reference.
+    """
+    with _autograd_inside_operator(), torch.enable_grad():
+        leaves = list(args)
+        wanted = []
+        for position, need in zip(positions, needs, strict=True):
+            if leaves[position] is not None:
+                leaves[position] = leaves[position].detach().requires_grad_(need)
+                if need:
+                    wanted.append(leaves[position])
+        outputs = reference(*leaves)
+        if isinstance(outputs, Tensor):
+            outputs = (outputs,)
+        pairs = [
+            (o, g) for o, g in zip(outputs, grads, strict=True) if o is not None and g is not None and o.requires_grad
+        ]
+        if not pairs:
+            return [torch.zeros_like(w) for w in wanted]
+        found = torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
+    result: list[Tensor] = []
+    for leaf, g in zip(wanted, found, strict=True):
+        g = torch.zeros_like(leaf) if g is None else g
+        # An operator's outputs are contiguous and share no memory with each other or with its inputs.
+        alias = any(g is other for other in (*result, *grads))
+        result.append(g.clone(memory_format=torch.contiguous_format) if alias else g.contiguous())
+    return result
+
+
+def _autograd_inside_operator() -> Any:
+    included = torch._C._dispatch_tls_local_include_set()
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in ("AutogradFunctionality", "AutogradCPU", "AutogradCUDA", "AutogradOther", "ADInplaceOrView"):
+        excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
+    return torch._C._ForceDispatchKeyGuard(included, excluded)

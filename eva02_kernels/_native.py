@@ -1,0 +1,67 @@
+"""Loads the compiled libraries. One that is missing or cannot load is a reason, never an import error."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LIBRARY_DIR = Path(__file__).parent / "lib"
+ISA_NAMES = ("baseline", "avx2", "avx512")
+"""Instruction sets of the CPU library by number; on other CPUs than x86-64 only the first exists."""
+
+CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def build_info() -> dict[str, Any]:
+    """What the build recorded: compiler and flags, or under ``"missing"`` why there is no compiled library."""
+    path = LIBRARY_DIR / "build_info.json"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+@functools.cache
+def cpu_library() -> tuple[Path | None, str | None]:
+    """(path, None) once the CPU library is loaded, else (None, the reason)."""
+    path = LIBRARY_DIR / "libeva02_kernels_cpu.so"
+    if not path.exists():
+        missing = build_info().get("missing", "built without a C++ compiler, or the pure-Python wheel is installed")
+        return None, f"no compiled CPU library ({missing})"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return None, f"the compiled CPU library does not load: {error}"
+    return path, None
+
+
+@functools.cache
+def cpu_reasons() -> tuple[str, ...]:
+    reason = cpu_library()[1]
+    return () if reason is None else (reason,)
+
+
+def cpu_unsupported(args: tuple[Any, ...]) -> tuple[str, ...]:
+    """Reasons common to every CPU kernel; the operator's main tensor is the first argument."""
+    main = args[0]
+    if main.device.type != "cpu":
+        return (f"needs CPU tensors, got {main.device}",)
+    if main.dtype not in CPU_DTYPES:
+        return (f"needs float32, bfloat16 or float16, got {str(main.dtype).removeprefix('torch.')}",)
+    return cpu_reasons()
+
+
+def cpu_isa() -> str:
+    """Instruction set that the CPU kernels use here."""
+    return ISA_NAMES[torch.ops.eva02_kernels_C.cpu_isa_get()]
+
+
+def set_cpu_isa(name: str) -> None:
+    """Make the CPU kernels use another instruction set that this CPU has (for tests and benchmarks)."""
+    if name not in ISA_NAMES:
+        raise ValueError(f"name: expected one of {', '.join(ISA_NAMES)}; got {name!r}")
+    torch.ops.eva02_kernels_C.cpu_isa_set(ISA_NAMES.index(name))

@@ -1,0 +1,1 @@
+"""One folder per operator: its page and public function, reference, schema with autograd, adapters to kernels."""

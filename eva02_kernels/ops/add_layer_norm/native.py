@@ -1,0 +1,98 @@
+"""CPU kernels of ``csrc/add_layer_norm``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from eva02_kernels.ops._common import empty_stats, rows_2d
+
+
+def _rows_per_sample(rows: int, row_scale: Tensor | None) -> int:
+    return max(1, rows if row_scale is None else rows // max(1, row_scale.shape[0]))
+
+
+def fwd(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    layer_scale: Tensor | None,
+    row_scale: Tensor | None,
+    rms: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x2 = rows_2d(x)
+    rows = x2.shape[0]
+    adds = residual is not None or layer_scale is not None or row_scale is not None
+    normed = torch.empty(x.shape, dtype=x.dtype)
+    total = torch.empty(x.shape if adds else 0, dtype=x.dtype)
+    mean, rstd = empty_stats(x, 0 if rms else rows), empty_stats(x, rows)
+    torch.ops.eva02_kernels_C.add_layer_norm_fwd_cpu.default(
+        x2,
+        None if residual is None else rows_2d(residual),
+        weight,
+        bias,
+        eps,
+        layer_scale,
+        row_scale,
+        rms,
+        _rows_per_sample(rows, row_scale),
+        normed.view(x2.shape),
+        total.view(x2.shape) if adds else None,
+        None if rms else mean,
+        rstd,
+    )
+    return normed, total, mean, rstd
+
+
+def bwd(
+    dnormed: Tensor,
+    dsum: Tensor | None,
+    total: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    x: Tensor | None,
+    layer_scale: Tensor | None,
+    row_scale: Tensor | None,
+    eps: float,
+    rms: bool,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    needs_x, needs_residual, needs_weight, needs_bias, needs_scale = needs
+    total2 = rows_2d(total)
+
+    def like(t: Tensor | None, need: bool) -> Tensor | None:
+        return torch.empty(t.shape, dtype=t.dtype) if need and t is not None else None
+
+    dx = like(total, needs_x)
+    # Without scales dx equals dresidual: the kernel writes one and the other is a copy only if both are asked for.
+    same = layer_scale is None and row_scale is None
+    dresidual = None if same and needs_x else like(total, needs_residual)
+    dweight, dbias, dscale = like(weight, needs_weight), like(bias, needs_bias), like(layer_scale, needs_scale)
+    torch.ops.eva02_kernels_C.add_layer_norm_bwd_cpu.default(
+        rows_2d(dnormed),
+        None if dsum is None else rows_2d(dsum),
+        total2,
+        weight,
+        None if rms else mean,
+        rstd,
+        None if x is None else rows_2d(x),
+        layer_scale,
+        row_scale,
+        rms,
+        _rows_per_sample(total2.shape[0], row_scale),
+        None if dx is None else dx.view(total2.shape),
+        None if dresidual is None else dresidual.view(total2.shape),
+        dweight,
+        dbias,
+        dscale,
+    )
+    if same and needs_x and needs_residual:
+        assert dx is not None
+        dresidual = dx.clone()
+    return [t for t in (dx, dresidual, dweight, dbias, dscale) if t is not None]

@@ -1,0 +1,75 @@
+"""CPU kernels of ``csrc/gelu_mlp``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eva02_kernels.ops._common import (
+    contiguous,
+    empty_like_needed,
+    empty_stats,
+    num_rows,
+    padded,
+    present,
+    rows_2d,
+    view_2d,
+)
+
+
+def empty_outputs(x: Tensor, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """out, hidden (rows, Fp) before the GELU, pre_mean, pre_rstd; what is not kept is empty."""
+    w1, _, w2 = args[:3]
+    has_pre_norm, recompute = args[7], args[11]
+    rows = num_rows(x)
+    pre_rows = rows if has_pre_norm else 0
+    return (
+        x.new_empty(*x.shape[:-1], w2.shape[0]),
+        x.new_empty((0,) if recompute else (rows, padded(w1.shape[0]))),
+        empty_stats(x, pre_rows),
+        empty_stats(x, pre_rows),
+    )
+
+
+def _kernel_args(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    w1, b1, w2, b2, pre_weight, pre_bias, pre_eps = args[:7]
+    return (rows_2d(w1), *contiguous(b1), rows_2d(w2), *contiguous(b2, pre_weight, pre_bias), pre_eps)
+
+
+def _or_none(*tensors: Tensor) -> tuple[Tensor | None, ...]:
+    return tuple(t if t.numel() else None for t in tensors)
+
+
+def fwd(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    layer_scale, row_scale, add_x = args[8:11]
+    outputs = empty_outputs(x, args)
+    out, *kept = outputs
+    if out.numel():
+        torch.ops.eva02_kernels_C.gelu_mlp_fwd_cpu.default(
+            rows_2d(x), *_kernel_args(args), *contiguous(layer_scale, row_scale), add_x, view_2d(out), *_or_none(*kept)
+        )
+    return outputs
+
+
+def bwd(dout: Tensor, hidden: Tensor, pre_mean: Tensor, pre_rstd: Tensor, x: Tensor, *args: Any) -> list[Tensor]:
+    *args, needs = args  # type: ignore[assignment]
+    layer_scale, row_scale, add_x = args[8:11]
+    grads = empty_like_needed((x, *args[:6], layer_scale), needs)
+    dx, *parameters = grads
+    if dout.numel():
+        torch.ops.eva02_kernels_C.gelu_mlp_bwd_cpu.default(
+            rows_2d(dout),
+            rows_2d(x),
+            *_kernel_args(tuple(args)),
+            *_or_none(hidden, pre_mean, pre_rstd),
+            *contiguous(layer_scale, row_scale),
+            add_x,
+            None if dx is None else view_2d(dx),
+            *parameters,
+        )
+    else:
+        for t in present(grads):
+            t.zero_()
+    return present(grads)

@@ -1,0 +1,42 @@
+"""CPU kernels of ``csrc/mask_tokens``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from eva02_kernels.ops._common import contiguous, empty_like_needed, present
+
+
+def fwd(
+    patches: Tensor,
+    mask: Tensor | None,
+    mask_token: Tensor | None,
+    pos_embed: Tensor | None,
+    cls_token: Tensor | None,
+) -> Tensor:
+    batch, count, width = patches.shape
+    prefix = 0 if cls_token is None else cls_token.shape[0]
+    out = torch.empty(batch, prefix + count, width, dtype=patches.dtype)
+    torch.ops.eva02_kernels_C.mask_tokens_fwd_cpu.default(
+        *contiguous(patches, mask, mask_token, pos_embed, cls_token), out
+    )
+    return out
+
+
+def bwd(
+    dout: Tensor,
+    mask: Tensor | None,
+    mask_token: Tensor | None,
+    pos_embed: Tensor | None,
+    cls_token: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    batch, tokens, width = dout.shape
+    prefix = 0 if cls_token is None else cls_token.shape[0]
+    dpatches = torch.empty(batch, tokens - prefix, width, dtype=dout.dtype) if needs[0] else None
+    parameters = empty_like_needed((mask_token, pos_embed, cls_token), needs[1:])
+    torch.ops.eva02_kernels_C.mask_tokens_bwd_cpu.default(*contiguous(dout, mask), prefix, dpatches, *parameters)
+    return present([dpatches, *parameters])

@@ -1,0 +1,82 @@
+"""CPU kernels of ``csrc/qkv_rope``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eva02_kernels.ops._common import contiguous, empty_like_needed, empty_stats, present, rows_2d
+from eva02_kernels.ops.apply_rope import native as rope_native
+from eva02_kernels.rope import NUM_ROPE_ARGS
+
+NUM_PARAMETERS = 8  # wq, wk, wv, bq, bk, bv, pre_weight, pre_bias
+
+
+def _geometry(x: Tensor, args: tuple[Any, ...]) -> tuple[int, int, int, int]:
+    """(tokens a sample, H, Hkv, D)."""
+    num_heads, num_kv_heads = args[-2:]
+    wq, wk = args[:2]
+    return x.shape[-2], num_heads, num_kv_heads, wq.shape[0] // (num_heads + (2 * num_kv_heads if wk is None else 0))
+
+
+def _weights(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(None if w is None else rows_2d(w) for w in args[:3]) + contiguous(*args[3:NUM_PARAMETERS])
+
+
+def _rope_kernel_args(args: tuple[Any, ...], seq_len: int) -> tuple[Any, ...]:
+    cos, sin, *rest = args[NUM_PARAMETERS + 2 : NUM_PARAMETERS + 2 + NUM_ROPE_ARGS]
+    return (*contiguous(cos, sin), *rest, None, seq_len, *args[-2:])
+
+
+def fwd(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    seq_len, heads, kv_heads, head_dim = _geometry(x, args)
+    pre_eps, has_pre_norm = args[NUM_PARAMETERS : NUM_PARAMETERS + 2]
+    x2 = rows_2d(x)
+    rows = x2.shape[0]
+    qkv = torch.empty(*x.shape[:-1], heads + 2 * kv_heads, head_dim, dtype=x.dtype)
+    mean, rstd = (empty_stats(x, rows if has_pre_norm else 0) for _ in range(2))
+    torch.ops.eva02_kernels_C.qkv_rope_fwd_cpu.default(
+        x2,
+        *_weights(args),
+        pre_eps,
+        *_rope_kernel_args(args, seq_len),
+        qkv.view(rows, (heads + 2 * kv_heads) * head_dim),
+        mean if has_pre_norm else None,
+        rstd if has_pre_norm else None,
+    )
+    return qkv, mean, rstd
+
+
+def bwd(dqkv: Tensor, mean: Tensor, rstd: Tensor, qkv: Tensor | None, x: Tensor, *args: Any) -> list[Tensor]:
+    *args, needs = args  # type: ignore[assignment]
+    seq_len, heads, kv_heads, _ = _geometry(x, tuple(args))
+    has_pre_norm = args[NUM_PARAMETERS + 1]
+    dqkv = dqkv.contiguous()
+    x2 = rows_2d(x)
+    grads = empty_like_needed((x, *args[:NUM_PARAMETERS]), needs[: 1 + NUM_PARAMETERS])
+    dx, *parameters = grads
+    kernel_args = _rope_kernel_args(tuple(args), seq_len)
+    torch.ops.eva02_kernels_C.qkv_rope_bwd_cpu.default(
+        dqkv.view(x2.shape[0], -1) if dqkv.numel() else dqkv.new_empty(x2.shape[0], dqkv.shape[-2] * dqkv.shape[-1]),
+        x2,
+        *_weights(tuple(args)),
+        mean if has_pre_norm else None,
+        rstd if has_pre_norm else None,
+        *kernel_args,
+        None if dx is None else dx.view(x2.shape),
+        *parameters,
+    )
+    result = present(grads)
+    needs_cos, needs_sin = needs[1 + NUM_PARAMETERS :]
+    if needs_cos or needs_sin:
+        assert qkv is not None
+        rope = tuple(args[NUM_PARAMETERS + 2 : NUM_PARAMETERS + 2 + NUM_ROPE_ARGS])
+        totals: list[Tensor] = []
+        for part in (slice(0, heads), slice(heads, heads + kv_heads)):  # q and k meet a per-head table separately
+            unrotated = rope_native.rotate(qkv[:, :, part], rope, inverse=True)
+            found = rope_native.table_gradients(dqkv[:, :, part], unrotated, rope)
+            totals = [t.add_(g) for t, g in zip(totals, found, strict=True)] if totals else list(found)
+        result += [totals[0]] * needs_cos + [totals[1]] * needs_sin
+    return result

@@ -1,0 +1,92 @@
+"""CPU kernels of ``csrc/rope_attention``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eva02_kernels.ops.rope_attention.reference import split_packed
+from eva02_kernels.rope import NUM_ROPE_ARGS
+
+
+def _dense_heads(t: Tensor) -> Tensor:
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _kernel_args(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    cos, sin, *rest = args[:NUM_ROPE_ARGS]
+    mask, cu_seqlens, _, causal, scale, q_norm, k_norm, norm_eps = args[NUM_ROPE_ARGS:]
+    table = (None, None) if cos is None else (cos.contiguous(), sin.contiguous())
+    mask = None if mask is None else mask.contiguous()
+    return (*table, *rest, mask, cu_seqlens, causal, scale, q_norm, k_norm, norm_eps)
+
+
+def fwd(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    out = torch.empty(q.shape, dtype=q.dtype)
+    *batch, tokens, heads, _ = q.shape
+    lse = torch.empty(*batch, heads, tokens, dtype=torch.float32)
+    torch.ops.eva02_kernels_C.rope_attention_fwd_cpu.default(
+        _dense_heads(q), _dense_heads(k), _dense_heads(v), *_kernel_args(args), out, lse
+    )
+    return out, lse
+
+
+def fwd_packed(qkv: Tensor, num_kv_heads: int, *args: Any) -> tuple[Tensor, Tensor]:
+    return fwd(*split_packed(qkv, num_kv_heads), *args)
+
+
+def _gradients(
+    dout: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    qkv: Sequence[Tensor],
+    args: tuple[Any, ...],
+    dqkv: Sequence[Tensor | None],
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """Fill ``dqkv`` and return the gradients of (cos, sin, q_norm, k_norm) that ``needs`` asks for."""
+    cos, sin = args[:2]
+    q_norm, k_norm = args[-3:-1]
+    needs_cos, needs_sin, needs_q_norm, needs_k_norm = needs
+    # The kernel gives both table gradients in one go.
+    table = [torch.empty(t.shape, dtype=t.dtype) if needs_cos or needs_sin else None for t in (cos, sin) if True]
+    norms = [
+        torch.empty(t.shape, dtype=t.dtype) if need else None
+        for t, need in ((q_norm, needs_q_norm), (k_norm, needs_k_norm))
+    ]
+    torch.ops.eva02_kernels_C.rope_attention_bwd_cpu.default(
+        _dense_heads(dout),
+        *(_dense_heads(t) for t in qkv),
+        out,
+        lse,
+        *_kernel_args(args),
+        *dqkv,
+        *table,
+        *norms,
+    )
+    return [t for t, need in zip((*table, *norms), needs, strict=True) if need and t is not None]
+
+
+def bwd(dout: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> list[Tensor]:
+    *args, needs = args  # type: ignore[assignment]
+    dqkv = [torch.empty(t.shape, dtype=t.dtype) if need else None for t, need in zip((q, k, v), needs, strict=False)]
+    others = _gradients(dout, out, lse, (q, k, v), tuple(args), dqkv, needs[3:])
+    return [t for t in dqkv if t is not None] + others
+
+
+def bwd_packed(dout: Tensor, out: Tensor, lse: Tensor, qkv: Tensor, num_kv_heads: int, *args: Any) -> list[Tensor]:
+    *args, needs = args  # type: ignore[assignment]
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype) if needs[0] else None
+    parts = (None, None, None) if dqkv is None else split_packed(dqkv, num_kv_heads)
+    others = _gradients(dout, out, lse, split_packed(qkv, num_kv_heads), tuple(args), parts, needs[1:])
+    return ([] if dqkv is None else [dqkv]) + others
+
+
+def unsupported(direction: str, args: tuple[Any, ...]) -> Sequence[str]:
+    head_dim = args[0].shape[-1]
+    if head_dim % 4 or not 4 <= head_dim <= 256:
+        return (f"needs a head dim of 4..256 in steps of 4, got {head_dim}",)
+    return ()

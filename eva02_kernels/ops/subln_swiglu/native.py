@@ -1,0 +1,52 @@
+"""CPU kernels of ``csrc/subln_swiglu``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from eva02_kernels.ops._common import empty_stats, rows_2d
+
+
+def fwd(gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    g, u = rows_2d(gate), rows_2d(up)
+    out = torch.empty(gate.shape, dtype=gate.dtype)
+    mean, rstd = empty_stats(gate, g.shape[0]), empty_stats(gate, g.shape[0])
+    torch.ops.eva02_kernels_C.subln_swiglu_fwd_cpu.default(
+        g, u, weight.contiguous(), bias.contiguous(), eps, out.view(g.shape), mean, rstd
+    )
+    return out, mean, rstd
+
+
+def bwd(
+    dout: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    eps: float,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    grads = [
+        torch.empty(t.shape, dtype=t.dtype) if need else None
+        for t, need in zip((gate, up, weight, bias), needs, strict=True)
+    ]
+    dgate, dup, dweight, dbias = grads
+    g, u = rows_2d(gate), rows_2d(up)
+    torch.ops.eva02_kernels_C.subln_swiglu_bwd_cpu.default(
+        rows_2d(dout),
+        g,
+        u,
+        weight.contiguous(),
+        mean,
+        rstd,
+        None if dgate is None else dgate.view(g.shape),
+        None if dup is None else dup.view(g.shape),
+        dweight,
+        dbias,
+    )
+    return [t for t in grads if t is not None]

@@ -1,0 +1,95 @@
+"""CPU kernels of ``csrc/swiglu_mlp``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eva02_kernels.ops._common import (
+    contiguous,
+    empty_like_needed,
+    empty_stats,
+    num_rows,
+    padded,
+    present,
+    rows_2d,
+    view_2d,
+)
+
+
+def hidden_width(w_gate: Tensor, w_up: Tensor | None) -> int:
+    return w_gate.shape[0] // (2 if w_up is None else 1)
+
+
+def empty_outputs(x: Tensor, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """out, gate_up (rows, 2, Fp), mean, rstd, pre_mean, pre_rstd; what is not kept is empty."""
+    w_gate, _, w_up, _, w_down, _, norm_weight, *_ = args
+    has_pre_norm, recompute = args[12], args[16]
+    rows = num_rows(x)
+    width = padded(hidden_width(w_gate, w_up))
+    kept = (0,) if recompute else (rows, 2, width)
+    norm_rows, pre_rows = rows if norm_weight is not None else 0, rows if has_pre_norm else 0
+    return (
+        x.new_empty(*x.shape[:-1], w_down.shape[0]),
+        x.new_empty(kept),
+        empty_stats(x, norm_rows),
+        empty_stats(x, norm_rows),
+        empty_stats(x, pre_rows),
+        empty_stats(x, pre_rows),
+    )
+
+
+def _kernel_args(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    w_gate, b_gate, w_up, b_up, w_down, b_down, norm_weight, norm_bias, eps, pre_weight, pre_bias, pre_eps = args[:12]
+    return (
+        rows_2d(w_gate),
+        *contiguous(b_gate),
+        None if w_up is None else rows_2d(w_up),
+        *contiguous(b_up),
+        rows_2d(w_down),
+        *contiguous(b_down, norm_weight, norm_bias),
+        eps,
+        *contiguous(pre_weight, pre_bias),
+        pre_eps,
+    )
+
+
+def _or_none(*tensors: Tensor) -> tuple[Tensor | None, ...]:
+    return tuple(t if t.numel() else None for t in tensors)
+
+
+def fwd(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    layer_scale, row_scale, add_x = args[13:16]
+    outputs = empty_outputs(x, args)
+    out, *kept = outputs
+    if out.numel():
+        torch.ops.eva02_kernels_C.swiglu_mlp_fwd_cpu.default(
+            rows_2d(x), *_kernel_args(args), *contiguous(layer_scale, row_scale), add_x, view_2d(out), *_or_none(*kept)
+        )
+    return outputs
+
+
+def bwd(
+    dout: Tensor, gate_up: Tensor, mean: Tensor, rstd: Tensor, pre_mean: Tensor, pre_rstd: Tensor, x: Tensor, *args: Any
+) -> list[Tensor]:
+    *args, needs = args  # type: ignore[assignment]
+    layer_scale, row_scale, add_x = args[13:16]
+    grads = empty_like_needed((x, *args[:8], *args[9:11], layer_scale), needs)
+    dx, *parameters = grads
+    if dout.numel():
+        torch.ops.eva02_kernels_C.swiglu_mlp_bwd_cpu.default(
+            rows_2d(dout),
+            rows_2d(x),
+            *_kernel_args(tuple(args)),
+            *_or_none(gate_up, mean, rstd, pre_mean, pre_rstd),
+            *contiguous(layer_scale, row_scale),
+            add_x,
+            None if dx is None else view_2d(dx),
+            *parameters,
+        )
+    else:
+        for t in present(grads):
+            t.zero_()
+    return present(grads)
