@@ -93,6 +93,8 @@ def _subln(module: nn.Module, why: read.Why) -> read.Norm | None:
     norm = read.optional_norm(module, "norm", why)
     if norm is not None and norm.rms:
         why.never.append("RMS norm inside a SwiGLU MLP")
+    elif norm is not None and norm.weight is None:
+        why.never.append("norm without weight inside a SwiGLU MLP")
     return norm
 
 
@@ -164,7 +166,7 @@ def read_attention(module: nn.Module, why: read.Why) -> read.Attention | None:
     if fused:
         weight, bias = module.qkv.weight, module.qkv.bias
         if getattr(module, "q_bias", None) is not None:
-            bias = (module.q_bias, module.k_bias, module.v_bias)
+            bias = torch.cat((module.q_bias, module.k_bias, module.v_bias))
     else:
         weight = (module.q_proj.weight, module.k_proj.weight, module.v_proj.weight)
         bias = (module.q_proj.bias, module.k_proj.bias, module.v_proj.bias)
