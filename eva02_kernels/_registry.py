@@ -85,6 +85,9 @@ class OpSpec:
     saved: str  # what is kept for backward, in words
     bytes_moved: Callable[..., tuple[int, int]]  # fwd arguments -> minimum bytes (forward, backward), weights excluded
     flops: Callable[..., tuple[int, int]] = field(default=lambda *args: (0, 0))
+    # Least scale of a gradient that may vanish by cancellation: (leaf name, public arguments) -> rms of the terms that
+    # are summed. Used by the tolerance rule.
+    magnitude: Callable[..., float] | None = None
 
     def backend(self, name: str) -> Backend | None:
         return next((b for b in self.backends if b.name == name), None)

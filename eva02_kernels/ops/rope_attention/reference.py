@@ -15,10 +15,13 @@ def attention_with_lse_ref(
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale * rotate(q) . rotate(k)) v and the logarithm of the softmax's denominator.
 
-    Scores and softmax are at least float32. Packed sequences become one sequence whose tokens attend to their own.
+    Everything up to the output is at least float32. Packed sequences become one sequence whose tokens attend to their own.
     """
     rope = RopeArgs(*args[:NUM_ROPE_ARGS])  # type: ignore[arg-type]
     key_padding_mask, cu_seqlens, _, causal, scale, q_norm, k_norm, norm_eps = args[NUM_ROPE_ARGS:]
+    dtype = v.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    q, k, v = q.to(wide), k.to(wide), v.to(wide)
     if q_norm is not None:
         q = rms_norm_ref(q, q_norm, None, norm_eps)
     if k_norm is not None:
@@ -31,16 +34,14 @@ def attention_with_lse_ref(
         segment = segment.clamp(max=max(0, len(cu_seqlens) - 2))
         position = token - cu_seqlens.long()[segment]
         if rope.cos is not None and q.numel():
-            wide = torch.promote_types(q.dtype, torch.float32)
             cos, sin = token_cos_sin(rope, q.shape[1], dtype=wide, positions=position, segments=segment)
-            q, k = (rotate(t.to(wide), cos, sin, rope.layout).to(t.dtype) for t in (q, k))
+            q, k = (rotate(t, cos, sin, rope.layout) for t in (q, k))
     else:
         q, k = rotate_tokens(q, rope), rotate_tokens(k, rope)
     group = q.shape[2] // k.shape[2]
     if group > 1:
         k, v = (t.repeat_interleave(group, dim=2) for t in (k, v))
-    wide = torch.promote_types(q.dtype, torch.float32)
-    scores = torch.einsum("bihd,bjhd->bhij", q.to(wide), k.to(wide)) * scale
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) * scale
     allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
     if packed:
         allowed = allowed & (segment[:, None] == segment[None, :])
@@ -54,7 +55,7 @@ def attention_with_lse_ref(
     any_key = allowed.any(-1, keepdim=True)
     lse = torch.logsumexp(scores.masked_fill(~any_key, 0.0), dim=-1, keepdim=True)
     probabilities = torch.exp(scores - lse).masked_fill(~allowed, 0.0)
-    out = torch.einsum("bhij,bjhd->bihd", probabilities, v.to(wide)).to(v.dtype)
+    out = torch.einsum("bhij,bjhd->bihd", probabilities, v).to(dtype)
     lse = lse.masked_fill(~any_key, float("-inf")).squeeze(-1).float()
     return (out[0], lse[0]) if packed else (out, lse)
 

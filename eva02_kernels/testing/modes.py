@@ -1,0 +1,58 @@
+"""Ways of running operators that only tests use."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from eva02_kernels import _native
+
+_mode: str | None = None
+
+MODES = ("interpreter", "simulator")
+
+
+def execution_mode() -> str | None:
+    """``"interpreter"`` or ``"simulator"`` inside :func:`executing`, else None."""
+    return _mode
+
+
+@contextlib.contextmanager
+def executing(mode: str) -> Iterator[None]:
+    """Inside, CPU tensors may reach the GPU backends, run by Triton's interpreter or by the PTX simulator."""
+    global _mode
+    if mode not in MODES:
+        raise ValueError(f"mode: expected one of {MODES}; got {mode!r}")
+    before, _mode = _mode, mode
+    try:
+        yield
+    finally:
+        _mode = before
+
+
+@contextlib.contextmanager
+def cpu_isa(name: str) -> Iterator[None]:
+    """Inside, the CPU kernels use the named instruction set (``baseline``, ``avx2``, ``avx512``)."""
+    before = _native.cpu_isa()
+    _native.set_cpu_isa(name)
+    try:
+        yield
+    finally:
+        _native.set_cpu_isa(before)
+
+
+@contextlib.contextmanager
+def nan_filled_memory() -> Iterator[None]:
+    """Inside, ``torch.empty`` gives NaN, so that an element which a kernel leaves out is seen."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
