@@ -191,9 +191,15 @@ EVA02_INLINE float hmax(vf v) {
 // clamped over 88.7 (no infinity), NaN stays NaN.
 EVA02_INLINE vf vexp(vf x) {
   const vf hi = splat(88.7228f), lo = splat(-87.33654f);
+#if defined(__AVX512F__)
+  const __m512 limited =
+      _mm512_min_ps(reinterpret_cast<__m512>(hi), reinterpret_cast<__m512>(x));  // NaN: second operand
+  const vf c = reinterpret_cast<vf>(_mm512_max_ps(reinterpret_cast<__m512>(lo), limited));
+#else
   const vf under = reinterpret_cast<vf>(x < lo);
   vf c = x > hi ? hi : x;  // a NaN compares false and passes through
   c = c < lo ? lo : c;
+#endif
   const vf magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to the nearest integer
   const vf t = c * 1.44269504088896341f + magic;
   const vf n = t - magic;
@@ -206,12 +212,39 @@ EVA02_INLINE vf vexp(vf x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.f;
+#if defined(__AVX512F__)
+  const __mmask16 in_range = _mm512_cmp_ps_mask(reinterpret_cast<__m512>(x), reinterpret_cast<__m512>(lo), _CMP_NLT_UQ);
+  return reinterpret_cast<vf>(
+      _mm512_maskz_scalef_ps(in_range, reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(n)));
+#else
   const vi e = reinterpret_cast<vi>(t) - 0x4b400000;  // the integer n
-  const vi half = e >> 1;                              // 2^n in two factors: n may be 128
+  const vi half = e >> 1;                             // 2^n in two factors: n may be 128
   const vf s1 = reinterpret_cast<vf>((half + 127) << 23), s2 = reinterpret_cast<vf>((e - half + 127) << 23);
   const vf y = p * s1 * s2;
   return reinterpret_cast<vf>(reinterpret_cast<vi>(y) & ~reinterpret_cast<vi>(under));
+#endif
 }
 EVA02_INLINE vf vsigmoid(vf x) { return 1.f / (1.f + vexp(-x)); }
+
+// The normal distribution: cdf(x) and its density, from one exponential. For x < 0,
+//   cdf = exp(-x^2 / 2) / 2 * erfcx(-x / sqrt 2),  erfcx(t) = u p(u),  u = 1 / (1 + 0.37 t),
+// p fitted for relative error 1.7e-8 on t <= 9.5; for x > 0, cdf = 1 - cdf(-x). Error of cdf: a few ulp, plus that of
+// x^2 in the exponent far left; 0 under -13.2.
+EVA02_INLINE void vnormal(vf x, vf& cdf, vf& density) {
+  const vf e = vexp(x * x * -0.5f);
+  const vf u = 1.f / (1.f + (x < 0.f ? -x : x) * 0.26162950903902256f);
+  vf p = splat(0.06192336603999138f);
+  p = p * u - 0.3032743036746979f;
+  p = p * u + 0.48684436082839966f;
+  p = p * u - 0.2853146493434906f;
+  p = p * u + 0.3108038306236267f;
+  p = p * u + 0.10651960223913193f;
+  p = p * u + 0.20625421404838562f;
+  p = p * u + 0.20742981135845184f;
+  p = p * u + 0.20881374180316925f;
+  const vf tail = 0.5f * e * (u * p);
+  cdf = x < 0.f ? tail : 1.f - tail;
+  density = e * 0.3989422804014327f;
+}
 
 }  // namespace eva02::EVA02_ISA
