@@ -27,8 +27,8 @@ constexpr int kMR = 4;
 constexpr int kGroup = 8;
 #endif
 constexpr int kNR = 2 * kLanes;
-constexpr int64_t kKC = 256;            // k steps between two visits of the tile of C
-constexpr int64_t kKB = 1536;           // k steps of a packed strip of B
+constexpr int64_t kKC = 256;                // k steps between two visits of the tile of C
+constexpr int64_t kKB = 1536;               // k steps of a packed strip of B
 constexpr int64_t kStripBytes = 384 << 10;  // packed strip of B: the larger part of L2
 constexpr int64_t kStripColumns = 512;
 constexpr int64_t kSegmentRows = 896;  // rows of C kept open when k takes several strips
@@ -76,42 +76,47 @@ EVA02_INLINE void static_for(const F& f) {
 // ---- packing -----------------------------------------------------------------------------------------------------
 // A source is a matrix with contiguous rows: source.row(r) is a view with load(c) (kLanes columns from c) and
 // load_partial(c, n) (n of them). `at` reads the first or the second, as the row has room.
+template <class Source>
+const Source& declare();
+template <class Source>
+using RowOf = decltype(declare<Source>().row(0));
+
 template <class Row>
 EVA02_INLINE vf at(const Row& row, int64_t c, int64_t n) {
   return n >= kLanes ? row.load(c) : row.load_partial(c, n);
 }
 
 #if defined(__AVX512F__)
-#define EVA02_SHUFFLES(X)                                                                       \
-  X(1, (0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30),                             \
-    (1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31))                                \
-  X(2, (0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29),                              \
-    (2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31))                               \
-  X(4, (0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27),                              \
-    (4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31))                               \
-  X(8, (0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),                                \
+#define EVA02_SHUFFLES(X)                                           \
+  X(1, (0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30), \
+    (1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31))    \
+  X(2, (0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29),  \
+    (2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31))   \
+  X(4, (0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27),  \
+    (4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31))   \
+  X(8, (0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),    \
     (8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31))
 #elif defined(__AVX2__)
-#define EVA02_SHUFFLES(X)                                               \
-  X(1, (0, 8, 2, 10, 4, 12, 6, 14), (1, 9, 3, 11, 5, 13, 7, 15))        \
-  X(2, (0, 1, 8, 9, 4, 5, 12, 13), (2, 3, 10, 11, 6, 7, 14, 15))        \
+#define EVA02_SHUFFLES(X)                                        \
+  X(1, (0, 8, 2, 10, 4, 12, 6, 14), (1, 9, 3, 11, 5, 13, 7, 15)) \
+  X(2, (0, 1, 8, 9, 4, 5, 12, 13), (2, 3, 10, 11, 6, 7, 14, 15)) \
   X(4, (0, 1, 2, 3, 8, 9, 10, 11), (4, 5, 6, 7, 12, 13, 14, 15))
 #else
-#define EVA02_SHUFFLES(X)               \
-  X(1, (0, 4, 2, 6), (1, 5, 3, 7))      \
+#define EVA02_SHUFFLES(X)          \
+  X(1, (0, 4, 2, 6), (1, 5, 3, 7)) \
   X(2, (0, 1, 4, 5), (2, 3, 6, 7))
 #endif
 #define EVA02_UNWRAP(...) __VA_ARGS__
 
 // v[i][j] <-> v[j][i]: swaps blocks of 1, 2, 4, ... lanes between rows as far apart.
 EVA02_INLINE void transpose(vf (&v)[kLanes]) {
-#define EVA02_STAGE(s, low, high)                                                    \
-  static_for<kLanes>([&](auto i) __attribute__((always_inline)) {                    \
-    if constexpr ((decltype(i)::value & s) == 0) {                                   \
-      const vf a = v[i], b = v[i + s];                                               \
-      v[i] = __builtin_shufflevector(a, b, EVA02_UNWRAP low);                        \
-      v[i + s] = __builtin_shufflevector(a, b, EVA02_UNWRAP high);                   \
-    }                                                                                \
+#define EVA02_STAGE(s, low, high)                                  \
+  static_for<kLanes>([&](auto i) __attribute__((always_inline)) {  \
+    if constexpr ((decltype(i)::value & s) == 0) {                 \
+      const vf a = v[i], b = v[i + s];                             \
+      v[i] = __builtin_shufflevector(a, b, EVA02_UNWRAP low);      \
+      v[i + s] = __builtin_shufflevector(a, b, EVA02_UNWRAP high); \
+    }                                                              \
   });
   EVA02_SHUFFLES(EVA02_STAGE)
 #undef EVA02_STAGE
@@ -133,7 +138,7 @@ EVA02_INLINE void pack_rows(const Source& source, int64_t r0, int64_t rows, int6
       for (int64_t k = 0; k < count; ++k) store(dst + k * W + block, vf{});
       continue;
     }
-    decltype(source.row(0)) row[kLanes];
+    RowOf<Source> row[kLanes];
     for (int i = 0; i < kLanes; ++i) row[i] = source.row(r0 + min64(block + i, rows - 1));
     vf v[kLanes];
     int64_t k = 0;
@@ -173,7 +178,7 @@ EVA02_INLINE void pack_columns(const Source& source, int64_t c0, int64_t columns
 // ---- the product -------------------------------------------------------------------------------------------------
 struct GemmShape {
   int64_t m, n, k;
-  int parts = 1;           // C has `parts` blocks of n columns; a strip holds the same columns of each
+  int parts = 1;            // C has `parts` blocks of n columns; a strip holds the same columns of each
   int64_t column_unit = 1;  // strips start at multiples of it
 };
 

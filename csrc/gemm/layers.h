@@ -27,6 +27,15 @@ EVA02_INLINE void put(T* p, vf v, int64_t n) {
     store_partial(p, v, n);
 }
 
+// v rounded to T and back.
+template <class T>
+EVA02_INLINE vf round_to(vf v) {
+  if constexpr (sizeof(T) == 4) return v;
+  T buffer[kLanes];
+  store(buffer, v);
+  return load(buffer);
+}
+
 // ---- small vectors -----------------------------------------------------------------------------------------------
 // A parameter vector in float32, with room for a whole vector after its end; `fill` where it is absent.
 class Floats {
@@ -126,11 +135,11 @@ struct Scaled {
 template <class Source>
 struct Normalized {
   Source source;
-  const float *mean, *rstd;      // per row
-  const float *weight, *bias;    // per column
+  const float *mean, *rstd;    // per row
+  const float *weight, *bias;  // per column
 
   struct Row {
-    decltype(static_cast<const Source*>(nullptr)->row(0)) inner;
+    RowOf<Source> inner;
     float mean, rstd;
     const float *weight, *bias;
     EVA02_INLINE vf apply(vf x, int64_t c) const {
@@ -181,7 +190,10 @@ constexpr int64_t kBlockRows = 64;
 class NormSums {
  public:
   NormSums(int64_t n, int64_t most_rows)
-      : n_(n), padded_(round_up(n, 16)), blocks_(ceil_div(most_rows, kBlockRows)), partial_(blocks_ * 2 * padded_),
+      : n_(n),
+        padded_(round_up(n, 16)),
+        blocks_(ceil_div(most_rows, kBlockRows)),
+        partial_(blocks_ * 2 * padded_),
         total_(2 * padded_) {
     zero(total_, 2 * padded_);
   }
@@ -192,13 +204,14 @@ class NormSums {
   // Adds the blocks of a chunk of rows to the total, in order.
   void add(const Runtime& runtime, int64_t rows) {
     const int64_t blocks = ceil_div(rows, kBlockRows);
-    runtime.parallel_for(0, 2 * padded_ / 16, max64(1, 65536 / (16 * max64(blocks, 1))), [&](int64_t begin, int64_t end) {
-      for (int64_t c = begin * 16; c < end * 16; c += kLanes) {
-        vf sum = load(total_ + c);
-        for (int64_t b = 0; b < blocks; ++b) sum += load(partial_ + b * 2 * padded_ + c);
-        store(total_ + c, sum);
-      }
-    });
+    runtime.parallel_for(0, 2 * padded_ / 16, max64(1, 65536 / (16 * max64(blocks, 1))),
+                         [&](int64_t begin, int64_t end) {
+                           for (int64_t c = begin * 16; c < end * 16; c += kLanes) {
+                             vf sum = load(total_ + c);
+                             for (int64_t b = 0; b < blocks; ++b) sum += load(partial_ + b * 2 * padded_ + c);
+                             store(total_ + c, sum);
+                           }
+                         });
   }
   void write(const ParamGrad& dweight, const ParamGrad& dbias) const {
     write_vector(dweight, total_, n_);
@@ -272,6 +285,22 @@ struct RowPanels {
     pack_rows<kMR>(source, r0 + row0, rows, 0, k, dst);
   }
 };
+// The same with a LayerNorm first, whose statistics (of rows r0, r0 + 1, ...) are taken as the rows come by.
+template <class T>
+struct NormalizedRowPanels {
+  Matrix<T> source;
+  int64_t r0, k;
+  bool normalize;
+  float eps;
+  float *mean, *rstd;
+  const float *weight, *bias;
+
+  EVA02_INLINE void operator()(int64_t row0, int64_t rows, float* dst) const {
+    if (!normalize) return pack_rows<kMR>(source, r0 + row0, rows, 0, k, dst);
+    for (int64_t r = r0 + row0; r < r0 + row0 + rows; ++r) row_statistics(source.row(r), k, eps, mean[r], rstd[r]);
+    pack_rows<kMR>(Normalized<Matrix<T>>{source, mean, rstd, weight, bias}, r0 + row0, rows, 0, k, dst);
+  }
+};
 template <class Source>
 struct WeightRowPanels {
   Source source;
@@ -289,15 +318,16 @@ struct ColumnPanels {
   }
 };
 
-// Weight gradient over rows [r0, r0 + rows): C (n, k) = dy(rows, n)^T x(rows, k). The sums of dy's columns (the bias
-// gradient) are taken from the packed panels and added to `column_sums` (n, padded by 16) unless it is nullptr.
+// Weight gradient C (n, k) = dy^T x over `rows` rows, from row dy0 of dy (n columns) and row x0 of x (k columns). The
+// sums of dy's columns (the bias gradient) are taken from the packed panels and added to `column_sums` (n) unless it is
+// nullptr.
 template <class SourceY, class SourceX, class Epilogue>
-void weight_gradient(const Runtime& runtime, int64_t r0, int64_t rows, int64_t n, int64_t k, const SourceY& dy,
-                     const SourceX& x, float* column_sums, const Epilogue& epilogue) {
+void weight_gradient(const Runtime& runtime, int64_t rows, int64_t n, int64_t k, const SourceY& dy, int64_t dy0,
+                     const SourceX& x, int64_t x0, float* column_sums, const Epilogue& epilogue) {
   gemm(
       runtime, GemmShape{.m = n, .n = k, .k = rows},
       [&](int64_t c0, int64_t columns, float* dst) {
-        pack_columns<kMR>(dy, c0, columns, n, r0, rows, dst);
+        pack_columns<kMR>(dy, c0, columns, n, dy0, rows, dst);
         if (column_sums == nullptr) return;
         for (int64_t i = 0; i < columns; ++i) {
           float sum[4] = {};
@@ -308,7 +338,7 @@ void weight_gradient(const Runtime& runtime, int64_t r0, int64_t rows, int64_t n
           column_sums[c0 + i] += sum[0] + sum[1] + (sum[2] + sum[3]);
         }
       },
-      ColumnPanels<SourceX>{x, r0, k}, epilogue);
+      ColumnPanels<SourceX>{x, x0, k}, epilogue);
 }
 
 // column_sums (n) += sums of the columns of source over rows [r0, r0 + rows).
@@ -317,19 +347,20 @@ void add_column_sums(const Runtime& runtime, int64_t r0, int64_t rows, int64_t n
                      float* column_sums) {
   runtime.parallel_for(0, ceil_div(n, 4 * kLanes), max64(1, 65536 / (4 * kLanes * max64(rows, 1))),
                        [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) {
-      vf sum[4] = {};
-      const int64_t c0 = block * 4 * kLanes;
-      for (int64_t r = 0; r < rows; ++r) {
-        const auto row = source.row(r0 + r);
-        for (int j = 0; j < 4 && c0 + j * kLanes < n; ++j) sum[j] += at(row, c0 + j * kLanes, n - c0 - j * kLanes);
-      }
-      for (int j = 0; j < 4 && c0 + j * kLanes < n; ++j) {
-        const int64_t c = c0 + j * kLanes, lanes = n - c;
-        put(column_sums + c, get(column_sums + c, lanes) + sum[j], lanes);
-      }
-    }
-  });
+                         for (int64_t block = begin; block < end; ++block) {
+                           vf sum[4] = {};
+                           const int64_t c0 = block * 4 * kLanes;
+                           for (int64_t r = 0; r < rows; ++r) {
+                             const auto row = source.row(r0 + r);
+                             for (int j = 0; j < 4 && c0 + j * kLanes < n; ++j)
+                               sum[j] += at(row, c0 + j * kLanes, n - c0 - j * kLanes);
+                           }
+                           for (int j = 0; j < 4 && c0 + j * kLanes < n; ++j) {
+                             const int64_t c = c0 + j * kLanes, lanes = n - c;
+                             put(column_sums + c, get(column_sums + c, lanes) + sum[j], lanes);
+                           }
+                         }
+                       });
 }
 
 // Epilogue of a layer's last product: out = [residual +] row_scale * scale * (tile + bias); tiles start at row r0.
@@ -345,7 +376,8 @@ EVA02_INLINE void write_output(const Tile& t, int64_t r0, const float* bias, con
     if (residual != nullptr) {
       const T* const add = residual + r * residual_stride + t.col0;
       for_columns(t.cols, [&](int64_t c, int64_t lanes) {
-        put(y + c, (load(v + c) + load(bias + t.col0 + c)) * (load(scale + t.col0 + c) * s) + get(add + c, lanes), lanes);
+        put(y + c, (load(v + c) + load(bias + t.col0 + c)) * (load(scale + t.col0 + c) * s) + get(add + c, lanes),
+            lanes);
       });
     } else {
       for_columns(t.cols, [&](int64_t c, int64_t lanes) {
@@ -403,18 +435,23 @@ template <class T>
 class OutputGradients {
  public:
   OutputGradients(int64_t n, int64_t k, int64_t chunks, bool dots)
-      : n_(n), k_(k), dots_wanted_(dots), sums_(n, k, chunks), column_sums_(round_up(n, 16)),
+      : n_(n),
+        k_(k),
+        dots_wanted_(dots),
+        sums_(n, k, chunks),
+        column_sums_(round_up(n, 16)),
         dots_(dots ? ceil_div(k, kNR) * n : 0) {
     zero(column_sums_, round_up(n, 16));
     if (dots) zero(dots_, ceil_div(k, kNR) * n);
   }
   float* column_sums() const { return column_sums_; }
 
-  // Chunk `chunk`, rows [r0, r0 + rows); dweight (n, k) is written with the last chunk unless it is nullptr.
+  // Chunk `chunk`: `rows` rows from dy0 of dy and a0 of a. dweight (n, k) is written with the last chunk unless it is
+  // nullptr.
   template <class SourceY, class SourceA>
-  void accumulate(const Runtime& runtime, int64_t chunk, int64_t r0, int64_t rows, const SourceY& dy, const SourceA& a,
-                  bool bias_sums, const T* weight, const float* scale, T* dweight) const {
-    weight_gradient(runtime, r0, rows, n_, k_, dy, a, bias_sums ? column_sums() : nullptr, [&](const Tile& t) {
+  void accumulate(const Runtime& runtime, int64_t chunk, int64_t rows, const SourceY& dy, int64_t dy0, const SourceA& a,
+                  int64_t a0, bool bias_sums, const T* weight, const float* scale, T* dweight) const {
+    weight_gradient(runtime, rows, n_, k_, dy, dy0, a, a0, bias_sums ? column_sums() : nullptr, [&](const Tile& t) {
       for (int64_t i = 0; i < t.rows; ++i) {
         if (!sums_.add(t, i, chunk)) continue;
         const int64_t r = t.row0 + i;

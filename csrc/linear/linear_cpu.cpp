@@ -6,9 +6,8 @@
 // Numerics  float32 sums, one rounding at the store; weight gradients in float32 across chunks of rows
 // Limits    last dims contiguous, any row stride of activations
 // Source    original
-#include "linear/linear.h"
-
 #include "gemm/layers.h"
+#include "linear/linear.h"
 
 namespace eva02::EVA02_ISA {
 namespace {
@@ -23,8 +22,9 @@ void linear_fwd(const LinearFwdParams& p, const Runtime& runtime) {
   const int64_t chunk = chunk_rows(p.M, p.K);
   for (int64_t r0 = 0; r0 < p.M; r0 += chunk) {
     gemm(runtime, {.m = min64(chunk, p.M - r0), .n = p.N, .k = p.K}, RowPanels<Matrix<T>>{x, r0, p.K},
-         WeightRowPanels<Matrix<T>>{weight},
-         [&](const Tile& t) { write_output(t, r0, bias, scale, row_scale, residual, p.residual_stride, out, p.out_stride); });
+         WeightRowPanels<Matrix<T>>{weight}, [&](const Tile& t) {
+           write_output(t, r0, bias, scale, row_scale, residual, p.residual_stride, out, p.out_stride);
+         });
   }
 }
 
@@ -49,7 +49,7 @@ void linear_bwd(const LinearBwdParams& p, const Runtime& runtime) {
            ColumnPanels<Rows>{weight, 0, p.K}, [&](const Tile& t) { write_rows(t, r0, dx, p.dx_stride); });
     }
     if (product)
-      gradients.accumulate(runtime, i, r0, rows, dy, x, sums, weight.data, scale, static_cast<T*>(p.dweight));
+      gradients.accumulate(runtime, i, rows, dy, r0, x, r0, sums, weight.data, scale, static_cast<T*>(p.dweight));
     else if (sums)
       add_column_sums(runtime, r0, rows, p.N, dy, gradients.column_sums());
   }
