@@ -52,6 +52,8 @@ class Backend:
     fwd: Callable[..., Any]
     bwd: Callable[..., Any]
     unsupported: Callable[[str, tuple[Any, ...]], Sequence[str]]
+    # Multiple of the tolerance rule's bounds that this backend is held to; above 1 only with the reason beside it.
+    error_multiple: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ class OpSpec:
     samples: Callable[[], list[Sample]]
     saved: str  # what is kept for backward, in words
     bytes_moved: Callable[..., tuple[int, int]]  # fwd arguments -> minimum bytes (forward, backward), weights excluded
+    num_outputs: int = 1  # outputs of the public function; the rest of fwd_returns is kept for backward
     flops: Callable[..., tuple[int, int]] = field(default=lambda *args: (0, 0))
     # Least scale of a gradient that may vanish by cancellation: (leaf name, public arguments) -> rms of the terms that
     # are summed. Used by the tolerance rule.

@@ -98,12 +98,19 @@ def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 
 # ---- calling an operator --------------------------------------------------------------------------------------------
 def call(spec: OpSpec, backend: str, args: tuple[Any, ...]) -> Any:
-    """Run the operator on its canonical arguments; ``backend="eager"`` is the reference itself."""
+    """Run the operator on its canonical arguments; ``backend="eager"`` is the reference itself.
+
+    Returns the public outputs: a tensor, or a tuple where the spec has several.
+    """
     if backend == "eager":
-        return without_autocast(spec.reference)(*args)
-    if backend != "auto":
-        check_backend_name(backend)
-    return getattr(torch.ops.eva02_kernels, f"{spec.name}_fwd").default(*args, backend)
+        result = without_autocast(spec.reference)(*args)
+    else:
+        if backend != "auto":
+            check_backend_name(backend)
+        result = getattr(torch.ops.eva02_kernels, f"{spec.name}_fwd").default(*args, backend)
+    if isinstance(result, Tensor):
+        return result
+    return result[0] if spec.num_outputs == 1 else result[: spec.num_outputs]
 
 
 # ---- backends -------------------------------------------------------------------------------------------------------
@@ -143,6 +150,8 @@ def cpu_backend(
     fwd: Callable[..., Any],
     bwd: Callable[..., Any],
     unsupported: Callable[[str, tuple[Any, ...]], Sequence[str]] = _never,
+    *,
+    error_multiple: float = 1.0,
 ) -> Backend:
     """The compiled CPU kernels as a backend; ``unsupported`` adds the operator's own reasons."""
 
@@ -150,7 +159,7 @@ def cpu_backend(
         common = _native.cpu_unsupported(args)
         return common or unsupported(direction, args)
 
-    return Backend("cpu", fwd, bwd, reasons)
+    return Backend("cpu", fwd, bwd, reasons, error_multiple)
 
 
 def rows_2d(t: Tensor) -> Tensor:

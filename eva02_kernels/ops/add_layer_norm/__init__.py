@@ -51,6 +51,6 @@ def add_layer_norm(
         arXiv:2103.17239 (layer scale); Huang et al., arXiv:1603.09382 (drop path).
     """
     args = SPEC.canonical(x, residual, weight, bias, eps, layer_scale=layer_scale, row_scale=row_scale, rms=rms)
-    normed, total, *_ = call(SPEC, backend, args)
+    normed, total = call(SPEC, backend, args)
     plain = residual is None and layer_scale is None and row_scale is None
     return normed, args[0] if plain else total

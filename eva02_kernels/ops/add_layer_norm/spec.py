@@ -223,6 +223,7 @@ SPEC = define(
             cpu_backend(native.fwd, native.bwd),
             eager_backend(_eager_fwd, _eager_bwd),
         ),
+        num_outputs=2,
         samples=_samples,
         saved="the sum (x itself where nothing is added); mean, rstd (rows,) float32; x only if layer_scale trains",
         bytes_moved=_bytes,

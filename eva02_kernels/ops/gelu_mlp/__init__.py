@@ -59,4 +59,4 @@ def gelu_mlp(
         layer_scale=layer_scale,
         row_scale=row_scale,
     )
-    return add_residual(call(SPEC, backend, args)[0], x, residual)
+    return add_residual(call(SPEC, backend, args), x, residual)

@@ -34,4 +34,4 @@ def masked_cosine_loss(pred: Tensor, target: Tensor, idx: Tensor | None = None, 
         with every backend's reason.
     Source: EVA, arXiv:2211.07636; EVA-02, arXiv:2303.11331.
     """
-    return call(SPEC, backend, SPEC.canonical(pred, target, idx))[0]
+    return call(SPEC, backend, SPEC.canonical(pred, target, idx))

@@ -61,4 +61,4 @@ def qkv_rope(
         num_prefix_tokens=num_prefix_tokens,
         keep_idx=keep_idx,
     )
-    return call(SPEC, backend, args)[0]
+    return call(SPEC, backend, args)

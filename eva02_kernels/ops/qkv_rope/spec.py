@@ -34,6 +34,16 @@ _INPUTS_SCHEMA = (
 )
 
 
+def _packed_bias(biases: tuple[Tensor | None, ...], sizes: tuple[int, ...], x: Tensor) -> Tensor | None:
+    """One bias for a packed weight, zero where there is none (EVA-02 Ti and S: q and v alone have one)."""
+    given = next((b for b in biases if b is not None), None)
+    if given is None:
+        return None
+    for name, b, n in zip(("q", "k", "v"), biases, sizes, strict=True):
+        check_parameter(f"bias ({name})", b, (n,), x)
+    return torch.cat([given.new_zeros(n) if b is None else b for b, n in zip(biases, sizes, strict=True)])
+
+
 def _canonical(
     x: Tensor,
     weight: Tensor | tuple[Tensor, Tensor, Tensor],
@@ -60,12 +70,7 @@ def _canonical(
     check(len(weights) == 3, "weight", "a tensor or (wq, wk, wv)", f"{len(weights)} tensors")
     biases = tuple(bias) if isinstance(bias, (tuple, list)) else (bias, None, None)
     check(len(biases) == 3, "bias", "None, a tensor or (bq, bk, bv)", f"{len(biases)} tensors")
-    check(
-        bias is None or isinstance(bias, Tensor) != split,
-        "bias",
-        "a tuple with a tuple of weights, a tensor with a packed weight",
-        type(bias).__name__,
-    )
+    check(not (split and isinstance(bias, Tensor)), "bias", "a tuple with a tuple of weights, or None", "a tensor")
     x, *weights = autocast(x, *weights)
     total = num_heads if split else num_heads + 2 * kv_heads
     check(
@@ -75,6 +80,8 @@ def _canonical(
         tuple(weights[0].shape),
     )
     head_dim = weights[0].shape[0] // total
+    if not split and isinstance(bias, (tuple, list)):
+        biases = (_packed_bias(biases, (num_heads * head_dim, kv_heads * head_dim, kv_heads * head_dim), x), None, None)
     heads = (num_heads, kv_heads, kv_heads) if split else (total, 0, 0)
     for name, w, b, n in zip(("q", "k", "v"), weights, biases, heads, strict=True):
         name = name if split else "packed"

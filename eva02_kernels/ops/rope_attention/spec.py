@@ -248,6 +248,16 @@ def _samples() -> list[Sample]:
     return [Sample(name, make(case), smoke=name in ("keep", "gqa")) for name, case in attention_cases().items()]
 
 
+def _magnitude(name: str, q: Tensor, k: Tensor, v: Tensor, rope: Any = None, **kwargs: Any) -> float:
+    """dq and dk are sums over keys (queries) of p * (dp - delta) * k (q): zero where there is one token."""
+    if name not in ("arg0", "arg1") or not q.numel():
+        return 0.0
+    other = (k if name == "arg0" else q).detach()
+    rms = [float(t.detach().square().mean().sqrt()) for t in (v, other)]
+    # Two terms, p * dp and p * delta; scale * sqrt(D) = 1; incoming gradients have rms 1.
+    return 2 * rms[0] * rms[1] / max(1, q.shape[-3]) ** 0.5
+
+
 def attention_bytes(q: Tensor, num_kv_heads: int) -> tuple[int, int]:
     """Forward reads q, k, v and writes out; backward reads those, out and dout and writes three gradients."""
     one = q.element_size() * q.numel()
@@ -281,7 +291,7 @@ SPEC = define(
         setup_context=_setup_context,
         backward=_backward,
         backends=(
-            cpu_backend(native.fwd, native.bwd, native.unsupported),
+            cpu_backend(native.fwd, native.bwd, native.unsupported, error_multiple=native.ERROR_MULTIPLE),
             eager_backend(
                 attention_with_lse_ref,
                 reference_backward(
@@ -291,9 +301,11 @@ SPEC = define(
                 ),
             ),
         ),
+        num_outputs=2,
         samples=_samples,
         saved="q, k, v as given; out; lse (B, H, S) float32; the tables",
         bytes_moved=lambda q, k, *args: attention_bytes(q, k.shape[-2]),
         flops=lambda q, k, v, *args: attention_flops(q, args[8]),
+        magnitude=_magnitude,
     )
 )

@@ -99,7 +99,7 @@ SPEC = define(
         setup_context=lambda ctx, inputs, output: save_attention(ctx, inputs, output, 2),
         backward=_backward,
         backends=(
-            cpu_backend(native.fwd_packed, native.bwd_packed, native.unsupported),
+            cpu_backend(native.fwd_packed, native.bwd_packed, native.unsupported, error_multiple=native.ERROR_MULTIPLE),
             eager_backend(
                 _reference,
                 reference_backward(
@@ -109,6 +109,7 @@ SPEC = define(
                 ),
             ),
         ),
+        num_outputs=2,
         samples=_samples,
         saved="qkv as given; out; lse (B, H, S) float32; the tables",
         bytes_moved=lambda qkv, kv, *args: attention_bytes(split_packed(qkv, kv)[0], kv),
