@@ -152,16 +152,20 @@ def record(report: PatchReport) -> dict[str, Any]:
 
 
 def expected() -> dict[str, Any]:
-    return json.loads(DATA.read_text())
+    """{model: its record}, from the checked-in file, in which equal models share one."""
+    groups = json.loads(DATA.read_text())
+    return {name: {k: v for k, v in group.items() if k != "models"} for group in groups for name in group["models"]}
 
 
 def write() -> None:
     DATA.parent.mkdir(exist_ok=True)
-    table = {}
+    groups: dict[str, dict[str, Any]] = {}
     for name in all_names():
-        table[name] = record(patch(build(name)[0]))
-    DATA.write_text(json.dumps(table, indent=1) + "\n")
-    print(f"{len(table)} models written to {DATA}")
+        entry = record(patch(build(name)[0]))
+        group = groups.setdefault(f"{_family(name)} {json.dumps(entry)}", {"models": [], **entry})
+        group["models"].append(name)
+    DATA.write_text(json.dumps(list(groups.values()), indent=1) + "\n")
+    print(f"{sum(len(g['models']) for g in groups.values())} models in {len(groups)} groups written to {DATA}")
 
 
 def _family(name: str) -> str:
@@ -175,7 +179,7 @@ def markdown() -> str:
     rows: dict[tuple[str, str, str, str], list[str]] = {}
     for name, entry in expected().items():
         replaced = ", ".join(f"{n} {key.split(' -> ')[0]}" for key, n in entry["replaced"].items()) or "nothing"
-        kept = "; ".join([*entry["notes"], *entry["kept"]]) or "-"
+        kept = "; ".join(entry["kept"]) or "-"
         rows.setdefault((_family(name), replaced, ", ".join(entry["ops"]), kept), []).append(name)
     lines = ["| family | models | replaced (per 2 blocks) | operators | stays, and why |", "|---|---|---|---|---|"]
     for (family, replaced, ops, kept), names in rows.items():

@@ -148,7 +148,8 @@ def save_mlp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> N
 
 def mlp_backward(ctx: Any, dout: Tensor, op: Any, places: tuple[int, ...]) -> tuple[Tensor | None, ...]:
     """Gradients for every forward argument of an operator saved by :func:`save_mlp`."""
-    kept, tensors = ctx.saved_tensors[: ctx.num_kept], iter(ctx.saved_tensors[ctx.num_kept :])
+    saved = ctx.saved_tensors  # read once: checkpointing unpacks a tensor a single time
+    kept, tensors = saved[: ctx.num_kept], iter(saved[ctx.num_kept :])
     inputs = [next(tensors) if is_t else c for is_t, c in zip(ctx.is_tensor, ctx.constants, strict=True)]
     needs = [ctx.needs_input_grad[i] for i in places]
     grads = op(dout, *kept, *inputs, needs, ctx.backend)
