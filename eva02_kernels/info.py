@@ -1,0 +1,102 @@
+"""``python -m eva02_kernels.info [op]``: what is built, what runs here, and why the rest does not."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import platform
+from typing import Any
+
+import torch
+
+import eva02_kernels
+from eva02_kernels import _native
+from eva02_kernels._registry import BACKENDS, OP_NAMES, OpSpec, get_spec
+
+
+def environment() -> dict[str, Any]:
+    """Versions, compiled libraries and devices, as plain values."""
+    path, reason = _native.cpu_library()
+    library: dict[str, Any] = {"missing": reason} if path is None else {"path": str(path), "isa": _native.cpu_isa()}
+    build = {k: v for k, v in _native.build_info().items() if k != "missing"}
+    return {
+        "eva02_kernels": eva02_kernels.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "cuda_device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cpu_library": library,
+        "build": build,
+    }
+
+
+def backend_state(spec: OpSpec, name: str) -> str:
+    """In words: what the backend does for float32 tensors on the CPU, the one device every machine has."""
+    backend = spec.backend(name)
+    if backend is None:
+        return "no kernel in this release"
+    if name == "eager":
+        return "plain PyTorch, any device and dtype; the reference"
+    sample = next(s for s in spec.samples() if s.smoke)
+    args, kwargs = sample.make(torch.float32, torch.Generator().manual_seed(0))
+    reasons = backend.unsupported("fwd", spec.canonical(*args, **kwargs))
+    return "; ".join(reasons) if reasons else f"runs, forward and backward ({_native.cpu_isa()})"
+
+
+def print_overview() -> None:
+    values = environment()
+    library = values["cpu_library"]
+    print(f"eva02_kernels {values['eva02_kernels']}, torch {values['torch']}, Python {values['python']}")
+    print(f"machine       {values['machine']}, {values['threads']} threads, GPU: {values['cuda_device'] or 'none'}")
+    if "path" in library:
+        print(f"cpu           compiled library loaded, instruction set {library['isa']}: {library['path']}")
+    else:
+        print(f"cpu           {library['missing']}")
+    for key, value in values["build"].items():
+        print(f"  {key:<12}{', '.join(map(str, value)) if isinstance(value, list) else value}")
+    print("cuda, triton  no kernels in this release; tensors on a GPU run on eager")
+    print()
+    width = max(map(len, OP_NAMES))
+    for name in OP_NAMES:
+        spec = get_spec(name)
+        chosen = next(b.name for b in spec.backends if b.name == "eager" or not _refuses(spec, b.name))
+        print(f"{name:<{width}}  {chosen:<6} {spec.summary}")
+    print("\npython -m eva02_kernels.info OP shows one operator: formula, saved tensors, every backend's state.")
+
+
+def _refuses(spec: OpSpec, name: str) -> bool:
+    return not backend_state(spec, name).startswith("runs")
+
+
+def print_op(name: str) -> None:
+    spec = get_spec(name)
+    page = importlib.import_module(f"eva02_kernels.ops.{name}")
+    print(f"{spec.name}: {spec.summary}\n")
+    print(f"formula   {spec.formula}")
+    print(f"source    {spec.source}")
+    print(f"saved     {spec.saved}")
+    print(f"forward   {spec.name}_fwd({spec.fwd_schema}, str backend) -> {spec.fwd_returns}")
+    print(f"backward  {spec.name}_bwd({spec.bwd_schema}, str backend) -> Tensor[]")
+    print("\nbackends, in the order in which auto tries them (float32 on the CPU):")
+    for backend in BACKENDS:
+        print(f"  {backend:<7} {backend_state(spec, backend)}")
+    print(f"\n{page.__doc__}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m eva02_kernels.info", description=__doc__)
+    parser.add_argument("op", nargs="?", choices=OP_NAMES, metavar="OP", help=f"one of: {', '.join(OP_NAMES)}")
+    parser.add_argument("--json", action="store_true", help="print the environment as JSON")
+    args = parser.parse_args()
+    if args.json:
+        print(json.dumps(environment(), indent=2))
+    elif args.op:
+        print_op(args.op)
+    else:
+        print_overview()
+
+
+if __name__ == "__main__":
+    main()
