@@ -9,29 +9,6 @@ import torch
 
 from eva02_kernels import _native
 
-_mode: str | None = None
-
-MODES = ("interpreter", "simulator")
-
-
-def execution_mode() -> str | None:
-    """``"interpreter"`` or ``"simulator"`` inside :func:`executing`, else None."""
-    return _mode
-
-
-@contextlib.contextmanager
-def executing(mode: str) -> Iterator[None]:
-    """Inside, CPU tensors may reach the GPU backends, run by Triton's interpreter or by the PTX simulator."""
-    global _mode
-    if mode not in MODES:
-        raise ValueError(f"mode: expected one of {MODES}; got {mode!r}")
-    before, _mode = _mode, mode
-    try:
-        yield
-    finally:
-        _mode = before
-
-
 @contextlib.contextmanager
 def cpu_isa(name: str) -> Iterator[None]:
     """Inside, the CPU kernels use the named instruction set (``baseline``, ``avx2``, ``avx512``)."""
