@@ -33,8 +33,11 @@ constexpr int64_t kStripBytes = 384 << 10;  // packed strip of B: the larger par
 constexpr int64_t kStripColumns = 512;
 constexpr int64_t kSegmentRows = 896;  // rows of C kept open when k takes several strips
 
-// c[i * ldc + j] (+)= sum over k of a[k * kMR + i] * b[k * kNR + j], for i < rows <= kMR and all j < kNR.
-using MicroKernel = void (*)(int64_t k, const float* a, const float* b, float* c, int64_t ldc, bool accumulate);
+// c[i * ldc + j] (+)= sum over k of a[k * kMR + i] * b[k * kNR + j], for i < rows <= kMR and all j < kNR. Meanwhile it
+// prefetches as much of next_a, the panel of the next call: A comes from L3 or memory once a strip, and the hardware
+// prefetchers do not see the next panel coming.
+using MicroKernel = void (*)(int64_t k, const float* a, const float* b, float* c, int64_t ldc, bool accumulate,
+                             const float* next_a);
 MicroKernel micro_kernel(int64_t rows);
 
 // ---- memory ------------------------------------------------------------------------------------------------------
@@ -270,11 +273,13 @@ void gemm(const Runtime& runtime, const GemmShape& s, const PackA& pack_a, const
             int64_t kc0 = 0;
             do {
               const int64_t kc = min64(kKC, kn - kc0);
+              const float* const a = a_packed + (k0 + kc0) * kMR;
               for (int64_t j = 0; j < s.parts * column_panels; ++j)
-                for (int64_t i = g0; i < g1; ++i)
-                  (i + 1 < panels ? full : last)(kc, a_packed + i * a_size + (k0 + kc0) * kMR,
-                                                 b + j * kNR * kn + kc0 * kNR, tile + (i - g0) * kMR * stride + j * kNR,
-                                                 stride, k0 + kc0 > 0);
+                for (int64_t i = g0; i < g1; ++i) {
+                  const float* const next = i + 1 < g1 ? a + (i + 1) * a_size : a + g0 * a_size + kc * kMR;
+                  (i + 1 < panels ? full : last)(kc, a + i * a_size, b + j * kNR * kn + kc0 * kNR,
+                                                 tile + (i - g0) * kMR * stride + j * kNR, stride, k0 + kc0 > 0, next);
+                }
               kc0 += kKC;
             } while (kc0 < kn);
             if (k0 + kn >= s.k)

@@ -12,7 +12,7 @@ namespace {
 
 template <int Rows>
 void kernel(int64_t k, const float* __restrict a, const float* __restrict b, float* __restrict c, int64_t ldc,
-            bool accumulate) {
+            bool accumulate, const float* next_a) {
   vf acc[Rows][2];
   static_for<Rows>([&](auto i) __attribute__((always_inline)) {
     acc[i][0] = vf{};
@@ -25,6 +25,8 @@ void kernel(int64_t k, const float* __restrict a, const float* __restrict b, flo
       acc[i][0] = fma(x, b0, acc[i][0]);
       acc[i][1] = fma(x, b1, acc[i][1]);
     });
+    __builtin_prefetch(next_a);
+    next_a += kMR;
     a += kMR;
     b += kNR;
   }
