@@ -135,11 +135,10 @@ void tile_by_rows(int64_t keys, int64_t D, int64_t queries, const float* tile, c
 }
 
 // ---- vectors -----------------------------------------------------------------------------------------------------
-// 2^x for x <= 127; exactly 0 below -126 (a masked score), NaN stays NaN. x = n + f, |f| <= 1/2; degree-6 polynomial.
+// 2^x for x <= 127, NaN stays NaN. x = n + f, |f| <= 1/2; degree-6 polynomial; n added to the exponent. Clamping at
+// -127 gives exactly 0 (the bits of 1 less 127 exponents) for all that lies below, such as a masked score.
 EVA02_INLINE vf vexp2(vf x) {
-  const vf lo = splat(-126.f);
-  const vi under = x < lo;
-  const vf c = under ? lo : x;
+  const vf c = vmax(splat(-127.f), x);
   const vf magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to the nearest integer
   const vf t = c + magic;
   const vf f = c - (t - magic);
@@ -150,9 +149,36 @@ EVA02_INLINE vf vexp2(vf x) {
   p = p * f + 2.402264689e-1f;
   p = p * f + 6.931472057e-1f;
   p = p * f + 1.f;
-  const vi y = reinterpret_cast<vi>(p) + (reinterpret_cast<vi>(t) << 23);  // n in the low bits of t
-  return reinterpret_cast<vf>(y & ~under);
+  return reinterpret_cast<vf>(reinterpret_cast<vi>(p) + (reinterpret_cast<vi>(t) << 23));  // n: the low bits of t
 }
+
+// Reductions in registers: lanes are folded in halves.
+#if defined(__AVX512F__)
+#define EVA02_FOLD(v, op)                                                                         \
+  v = op(v, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7)); \
+  v = op(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11)); \
+  v = op(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13)); \
+  v = op(v, __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
+#elif defined(__AVX2__)
+#define EVA02_FOLD(v, op)                                           \
+  v = op(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3)); \
+  v = op(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5)); \
+  v = op(v, __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6));
+#else
+#define EVA02_FOLD(v, op)                               \
+  v = op(v, __builtin_shufflevector(v, v, 2, 3, 0, 1)); \
+  v = op(v, __builtin_shufflevector(v, v, 1, 0, 3, 2));
+#endif
+EVA02_INLINE vf vadd(vf a, vf b) { return a + b; }
+EVA02_INLINE float fold_sum(vf v) {
+  EVA02_FOLD(v, vadd)
+  return v[0];
+}
+EVA02_INLINE float fold_max(vf v) {
+  EVA02_FOLD(v, vmax)
+  return v[0];
+}
+#undef EVA02_FOLD
 
 // In place: r[i][j] <-> r[j][i].
 EVA02_INLINE void transpose(vf* r) {
@@ -242,7 +268,7 @@ EVA02_INLINE float dot_row(const A* a, const B* b, int64_t D) {
   int64_t i = 0;
   for (; i + kLanes <= D; i += kLanes) sum = fma(load(a + i), load(b + i), sum);
   if (i < D) sum = fma(load_partial(a + i, D - i), load_partial(b + i, D - i), sum);
-  return hsum(sum);
+  return fold_sum(sum);
 }
 
 void load_param(const Param& param, int64_t D, float* dst) {
@@ -540,7 +566,7 @@ EVA02_INLINE float softmax_row(float* s, const float* bias, int64_t limit, int64
     }
     if (j < vectors) m0 = vmax(load(s + j), m0);
   }
-  const float block = hmax(vmax(m0, m1));
+  const float block = fold_max(vmax(m0, m1));
   const float old = max;
   max = block > old ? block : old;
   if (max == -kInf) {
@@ -563,7 +589,7 @@ EVA02_INLINE float softmax_row(float* s, const float* bias, int64_t limit, int64
   }
   for (j = vectors; j < keys; j += kLanes) store(s + j, vf{});
   const float factor = old == max ? 1.f : __builtin_exp2f(old - max);
-  sum = sum * factor + hsum(sum0 + sum1);
+  sum = sum * factor + fold_sum(sum0 + sum1);
   return factor;
 }
 
