@@ -1,0 +1,5 @@
+import sys
+
+from eva02.cli import main
+
+sys.exit(main())
