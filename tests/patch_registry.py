@@ -1,7 +1,7 @@
 """Small models of every architecture that `patch` is tested on, and the table of what it replaces in each.
 
-    python tests/patch_registry.py --write      # regenerate tests/data/patch_registry.json (a change is reviewed)
-    python tests/patch_registry.py --markdown   # the README's table, from that file
+python tests/patch_registry.py --write      # regenerate tests/data/patch_registry.json (a change is reviewed)
+python tests/patch_registry.py --markdown   # the README's table, from that file
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def image(model_or_size: nn.Module | tuple[int, int], channels: int = 3, batch: 
 def _dinov3(**kwargs: Any) -> nn.Module:
     from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
-    config = dict(
+    config = dict(  # noqa: C408
         patch_size=4, image_size=16, hidden_size=128, intermediate_size=256, num_hidden_layers=2,
         num_attention_heads=2, num_register_tokens=4,
     )  # fmt: skip
@@ -92,7 +92,7 @@ def _dinov2(registers: bool = False, **kwargs: Any) -> nn.Module:
     import transformers
 
     name = "Dinov2WithRegisters" if registers else "Dinov2"
-    config = dict(
+    config = dict(  # noqa: C408
         patch_size=4, image_size=16, hidden_size=128, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2
     )
     make = getattr(transformers, f"{name}Model")

@@ -206,18 +206,20 @@ def test_distributed_data_parallel(tmp_path: Any) -> None:
         torch.testing.assert_close(p.grad, q.grad)
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing(reentrant: bool) -> None:
-    original, patched, x = both()
+@pytest.mark.parametrize(("build", "reentrant"), [(eva, False), (vit, False), (vit, True)])
+def test_gradient_checkpointing(build: Callable[..., nn.Module], reentrant: bool) -> None:
+    original, patched, x = both(build)  # timm's Eva passes keyword arguments, which reentrant checkpointing refuses
     patched.set_grad_checkpointing()
+    grads = []
     timm.layers.set_reentrant_ckpt(reentrant)
     try:
-        x = x.requires_grad_()
-        (a,) = torch.autograd.grad(patched(x).square().sum(), x)
+        for model in (original, patched):
+            leaf = x.clone().requires_grad_()
+            model(leaf).square().sum().backward()
+            grads.append(leaf.grad)
     finally:
         timm.layers.set_reentrant_ckpt(False)
-    (b,) = torch.autograd.grad(original(x).square().sum(), x)
-    close(a, b)
+    close(grads[1], grads[0])
 
 
 # ---- calls that need the original code ------------------------------------------------------------------------------
@@ -490,6 +492,21 @@ def test_verify_finds_the_input(name: str) -> None:
     model, x = registry.build(name)
     report = patch(model, verify=True)
     assert report.verified is not None and str(tuple(x.shape)) in report.verified
+
+
+def test_open_clip_model_with_a_timm_trunk() -> None:
+    from open_clip.model import CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP
+
+    model = CustomTextCLIP(
+        16,
+        CLIPVisionCfg(timm_model_name="eva02_tiny_patch14_224", timm_pool="token", timm_proj="linear", image_size=224),
+        CLIPTextCfg(context_length=8, vocab_size=200, width=32, heads=2, layers=1),
+    )
+    model.visual.trunk.blocks = model.visual.trunk.blocks[:2]
+    registry.randomize(model)
+    report = patch(model, verify=True)
+    assert report.counts()["EvaBlock -> FusedEvaBlock"] == 2
+    assert "(2, 3, 224, 224) and texts (2, 8)" in str(report)
 
 
 def test_another_version_of_a_class_is_refused() -> None:

@@ -8,6 +8,7 @@ float32 by the tolerance rule, where the yardstick is the unpatched model's own 
 from __future__ import annotations
 
 import copy
+import hashlib
 
 import patch_registry as registry
 import pytest
@@ -15,10 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from eva02_kernels.patching import patch, unpatch
-from eva02_kernels.testing import assert_accurate, measure_error
+from eva02_kernels.testing import Error, assert_accurate, measure_error
 
 NAMES = registry.all_names()
-SEEDS = (0, 1, 2)  # one seed of a small tensor may be exact by chance
+SEEDS = range(8)  # of the yardstick: the error of one run of a small tensor may be small by chance
+OURS = 2  # of which our own runs are checked
+# Of the rule's bounds: every model holds attention, whose backends are held to this themselves (see its spec).
+ERROR_MULTIPLE = 1.5
+_seen: set[bytes] = set()
 
 
 def run(model: nn.Module, x: Tensor, seed: int = 0) -> dict[str, Tensor]:
@@ -31,7 +36,8 @@ def run(model: nn.Module, x: Tensor, seed: int = 0) -> dict[str, Tensor]:
     out = out if isinstance(out, Tensor) else out[0]
     dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed)).to(out.dtype)
     out.backward(dout)
-    grads = {f"grad {n}": p.grad for n, p in model.named_parameters() if p.grad is not None}
+    # Copies: a later model.double() would convert them too.
+    grads = {f"grad {n}": p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     return {"out": out.detach(), "grad input": x.grad} | grads
 
 
@@ -51,6 +57,14 @@ def test_every_supported_family_is_walked() -> None:
     assert len(registry.timm_names("vision_transformer")) > 150
 
 
+def fingerprint(model: nn.Module, x: Tensor) -> bytes:
+    """Equal for models that are one and the same when reduced (many differ in size only): structure and output."""
+    with torch.no_grad():
+        out = model.eval()(x)
+    out = out if isinstance(out, Tensor) else out[0]
+    return hashlib.sha256(f"{model} {list(model.state_dict())}".encode() + out.numpy().tobytes()).digest()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_model(name: str) -> None:
     original, x = registry.build(name)
@@ -58,13 +72,21 @@ def test_model(name: str) -> None:
     report = patch(patched)
     assert registry.record(report) == registry.expected()[name]
     assert list(patched.state_dict()) == list(original.state_dict())
+    key = fingerprint(original, x)
+    if key not in _seen:
+        check_numbers(original, patched, x)
+        _seen.add(key)
+    assert unpatch(patched) == len(report.replaced)
+    assert [type(m) for m in patched.modules()] == [type(m) for m in original.modules()]
 
+
+def check_numbers(original: nn.Module, patched: nn.Module, x: Tensor) -> None:
     images = [torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)) for seed in SEEDS]
     plain = [run(original, image, seed) for image, seed in zip(images, SEEDS, strict=True)]
-    ours = [run(patched, image, seed) for image, seed in zip(images, SEEDS, strict=True)]
-    exact_model = original.double()
-    exact = [run(exact_model, image, seed) for image, seed in zip(images, SEEDS, strict=True)]
-    assert [list(r) for r in ours] == [list(r) for r in exact]
+    ours = [run(patched, image, seed) for image, seed in zip(images[:OURS], SEEDS, strict=False)]
+    original.double()
+    exact = [run(original, image, seed) for image, seed in zip(images, SEEDS, strict=True)]
+    assert all(list(r) == list(exact[0]) for r in ours)
 
     formula = run(patched.double(), images[0], SEEDS[0])
     for key, value in formula.items():
@@ -74,9 +96,6 @@ def test_model(name: str) -> None:
 
     for key in exact[0]:
         errors = [measure_error(p[key], e[key], floor=floor(key, e)) for p, e in zip(plain, exact, strict=True)]
-        yardstick = max(errors, key=lambda e: e.max)._replace(rms=max(e.rms for e in errors))
-        for o, e in zip(ours, exact, strict=True):
-            assert_accurate(o[key], e[key], [yardstick], name=key, floor=floor(key, e))
-
-    assert unpatch(patched) == len(report.replaced)
-    assert [type(m) for m in patched.modules()] == [type(m) for m in original.modules()]
+        yardstick = Error(max(e.max for e in errors), max(e.rms for e in errors))
+        for o, e in zip(ours, exact, strict=False):
+            assert_accurate(o[key], e[key], [yardstick], name=key, floor=floor(key, e), multiple=ERROR_MULTIPLE)
