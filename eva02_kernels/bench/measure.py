@@ -51,20 +51,16 @@ def paired_ratio(baseline: Sequence[float], arm: Sequence[float]) -> Spread:
     return spread([b / a for b, a in zip(baseline, arm, strict=True)])
 
 
-def first_call(call: Call) -> float:
-    """Seconds of the first call, compilation included."""
+def first_call(call: Call, *, compiled: bool = False) -> float:
+    """Seconds of the first call; of a compiled one with an empty Inductor cache, as a user's first call has it."""
+    if compiled:
+        from torch._inductor.utils import fresh_cache
+
+        with fresh_cache():
+            return first_call(call)
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
-
-
-@contextlib.contextmanager
-def cold_compiler() -> Iterator[None]:
-    """An empty Inductor cache inside, so that a first call pays what a user's first call pays."""
-    from torch._inductor.utils import fresh_cache
-
-    with fresh_cache():
-        yield
 
 
 @contextlib.contextmanager

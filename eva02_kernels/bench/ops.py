@@ -12,7 +12,7 @@ from torch import Tensor
 from eva02_kernels._registry import OP_NAMES, get_spec, reset_stats, select, stats, strict
 from eva02_kernels.bench.cases import Problem, as_tuple, make_problem
 from eva02_kernels.bench.machine import Roofline
-from eva02_kernels.bench.measure import cold_compiler, first_call, saved_for_backward
+from eva02_kernels.bench.measure import first_call, saved_for_backward
 from eva02_kernels.bench.providers import Provider, Unsupported, build, provider, providers
 from eva02_kernels.bench.rows import GATE_FAILED, RAISED, UNSUPPORTED, Arm, Config, compare, measure_rows
 from eva02_kernels.bench.shapes import shape_named
@@ -135,12 +135,11 @@ def prepare(p: Provider, problem: Problem, mode: str, grads: Any, expected: Expe
     reset_stats()
     arm.call = call
     try:
-        with cold_compiler():
-            arm.first_call_s = round(first_call(call), 5)
+        arm.first_call_s = round(first_call(call, compiled=p.compiled), 5)
         if p.ours:
             arm.notes["backends"] = sorted({f"{op} {direction}: {name}" for op, direction, name in stats()})
         _gate(arm, problem, function, mode, grads, expected)
-    except Exception as error:  # an arm that raises is a row with its reason; the others still run
+    except Exception as error:  # noqa: BLE001 - an arm that raises is a row with its reason; the others still run
         return arm.refuse(RAISED, f"{type(error).__name__}: {str(error).strip()[:600]}")
     if mode == "fwd":
         return arm

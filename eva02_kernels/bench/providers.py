@@ -81,7 +81,8 @@ def providers(suite: str, op: str | None = None, names: list[str] | None = None)
 
 
 def provider_names(suite: str) -> list[str]:
-    return list(dict.fromkeys(p.name for p in _providers if suite in p.suites))
+    """Names of the suite's arms, those of its parts (``memory/ops``) included."""
+    return list(dict.fromkeys(p.name for p in _providers if any(s.split("/")[0] == suite for s in p.suites)))
 
 
 def build(arm: Provider, case: Any) -> Callable[..., Any]:

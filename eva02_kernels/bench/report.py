@@ -114,9 +114,25 @@ def time_line(row: Row) -> list[str]:
     ]
 
 
+def saved_line(row: Row) -> list[str]:
+    units, over = row["saved_units"], row["saved_over_baseline"]
+    return [
+        row["provider"],
+        "" if units is None else f"{row['saved_bytes']:,}",
+        number(row["saved_in_t"]),
+        "" if units is None else f"{units['t']}T + {units['g']}G + {units['rest']:,}",
+        number(over),
+        "" if row["status"] == OK else f"{row['status']}: {row['reason'].splitlines()[0][:60]}",
+    ]
+
+
 def print_rows(rows: Sequence[Row]) -> None:
     """One case: its arms side by side."""
     first = rows[0]
+    if first["suite"] == "memory":
+        header = ("arm", "bytes saved", "in T", "T = BNC, G = BNF, rest in elements", "/ baseline", "note")
+        print_table(f"memory {first['case']} {first['model']} {first['dtype']}", header, map(saved_line, rows))
+        return
     shape = first.get("shape", {})
     detail = f", batch {shape['batch']}, {shape['tokens']} tokens" if "tokens" in shape else ""
     title = f"{first['suite']} {first['case']} {first['model']} {first['mode']} {first['dtype']}{detail}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -72,7 +73,7 @@ def relative_error(value: Tensor, reference: Tensor) -> float:
     difference = float((value.detach().double() - reference).square().mean().sqrt())
     scale = float(reference.square().mean().sqrt())
     error = difference / scale if scale else (0.0 if difference == 0.0 else float("inf"))
-    return error if error == error else float("inf")
+    return float("inf") if math.isnan(error) else error
 
 
 def compare(results: Mapping[str, Tensor], plain: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict:
@@ -92,6 +93,28 @@ def compare(results: Mapping[str, Tensor], plain: Mapping[str, Tensor], referenc
         if not error <= 4 * usual + 16 * eps:
             failures.append(f"{name}: relative error {error:.1e}, baseline {usual:.1e}")
     return {"passed": not failures, "worst_error_eps": round(worst[0], 2), "worst": worst[1], "failures": failures[:4]}
+
+
+def empty_row(common: Mapping[str, Any], arm: Arm, env: dict[str, Any]) -> dict[str, Any]:
+    """Every field a row has; what was not measured stays None."""
+    measured = (
+        "ms", "samples_ms", "ratio", "ratio_compiled", "resolved", "peak_memory_bytes", "saved_bytes", "saved_units",
+        "saved_in_t", "saved_over_baseline", "images_per_s", "gflops", "gbps", "fma_share", "roofline_share",
+        "roofline_bound",
+    )  # fmt: skip
+    return {
+        **common,
+        "provider": arm.name,
+        "baseline": arm.provider.baseline,
+        "ours": arm.provider.ours,
+        "status": arm.status,
+        "reason": arm.reason,
+        "gate": arm.gate,
+        "first_call_s": arm.first_call_s,
+        **dict.fromkeys(measured),
+        "notes": arm.notes,
+        "environment": env,
+    }
 
 
 # ---- timing and rows ------------------------------------------------------------------------------------------------
@@ -127,30 +150,7 @@ def measure_rows(
     noise = paired_ratio(seconds[baseline], seconds[again]) if {baseline, again} <= seconds.keys() else None
     rows = []
     for arm in arms:
-        row: dict[str, Any] = {
-            **common,
-            "provider": arm.name,
-            "baseline": arm.provider.baseline,
-            "ours": arm.provider.ours,
-            "status": arm.status,
-            "reason": arm.reason,
-            "gate": arm.gate,
-            "ms": None,
-            "ratio": None,
-            "ratio_compiled": None,
-            "resolved": None,
-            "first_call_s": arm.first_call_s,
-            "peak_memory_bytes": None,
-            "saved_bytes": None,
-            "images_per_s": None,
-            "gflops": None,
-            "gbps": None,
-            "fma_share": None,
-            "roofline_share": None,
-            "roofline_bound": None,
-            "notes": arm.notes,
-            "environment": env,
-        }
+        row = empty_row(common, arm, env)
         if arm.name in seconds:
             own = seconds[arm.name]
             ms = spread(own).scaled(1e3)

@@ -73,7 +73,7 @@ SHAPES = {
         Shape("base", 4, 768, 12, 2048, 12, subln=True),
         Shape("large", 2, 1024, 16, 2730, 24, subln=True),
         # Five tokens: arithmetic vanishes beside what a call costs on the host.
-        Shape("host", 1, 32, 2, 64, 1, subln=True, image=28),
+        Shape("host", 1, 32, 2, 84, 1, subln=True, image=28),
     )
 }
 

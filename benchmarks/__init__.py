@@ -1,0 +1,1 @@
+"""Benchmarks of operators, models and training steps: ``python -m benchmarks.run --help``."""

@@ -1,0 +1,55 @@
+"""Peers of swiglu_mlp: the modules of timm and transformers on the same weights."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from eva02_kernels.bench.cases import EPS, Problem
+from eva02_kernels.bench.ops import Function
+from eva02_kernels.bench.providers import Unsupported, provider
+
+
+@provider("timm", suites=("ops",), op="swiglu_mlp")
+def timm(problem: Problem) -> Function:
+    from timm.layers import GluMlp, SwiGLU
+
+    s = problem.shape
+    if s.subln:
+        mlp = SwiGLU(s.dim, s.hidden, norm_layer=partial(nn.LayerNorm, eps=EPS))
+        names = {"fc1_g.weight": "w_gate", "fc1_g.bias": "b_gate", "fc1_x.weight": "w_up", "fc1_x.bias": "b_up",
+                 "norm.weight": "norm_w", "norm.bias": "norm_b", "fc2.weight": "w_down", "fc2.bias": "b_down"}  # fmt: skip
+    else:
+        mlp = GluMlp(s.dim, 2 * s.hidden, act_layer=nn.SiLU, gate_last=False)
+        names = {"fc1.weight": "w_gate", "fc1.bias": "b_gate", "fc2.weight": "w_down", "fc2.bias": "b_down"}
+
+    def run(**t: Tensor) -> Tensor:
+        y = F.layer_norm(t["x"], (s.dim,), t["pre_w"], t["pre_b"], EPS)
+        return t["x"] + functional_call(mlp, {name: t[key] for name, key in names.items()}, (y,))
+
+    return run
+
+
+@provider("transformers", suites=("ops",), op="swiglu_mlp")
+def transformers(problem: Problem) -> Function:
+    from transformers import Dinov2Config
+    from transformers.models.dinov2.modeling_dinov2 import Dinov2SwiGLUFFN
+
+    s = problem.shape
+    if s.subln:
+        raise Unsupported("has no SwiGLU with a LayerNorm on the hidden layer")
+    # The module rounds 2/3 of hidden_size * mlp_ratio up to a multiple of 8; both of its widths must be ours.
+    mlp = Dinov2SwiGLUFFN(Dinov2Config(hidden_size=s.dim, mlp_ratio=4))
+    if mlp.weights_in.weight.shape[0] != 2 * s.hidden:
+        raise Unsupported(f"its hidden width is {mlp.weights_in.weight.shape[0] // 2}, not {s.hidden}")
+    names = {"weights_in.weight": "w_gate", "weights_in.bias": "b_gate", "weights_out.weight": "w_down",
+             "weights_out.bias": "b_down"}  # fmt: skip
+
+    def run(**t: Tensor) -> Tensor:
+        y = F.layer_norm(t["x"], (s.dim,), t["pre_w"], t["pre_b"], EPS)
+        return t["x"] + functional_call(mlp, {name: t[key] for name, key in names.items()}, (y,))
+
+    return run
