@@ -58,10 +58,12 @@ def bwd(dqkv: Tensor, mean: Tensor, rstd: Tensor, qkv: Tensor | None, x: Tensor,
     grads = empty_like_needed((x, *args[:NUM_PARAMETERS]), needs[: 1 + NUM_PARAMETERS])
     dx, *parameters = grads
     kernel_args = _rope_kernel_args(tuple(args), seq_len)
+    weights = _weights(tuple(args))  # biases have no part in backward
     torch.ops.eva02_kernels_C.qkv_rope_bwd_cpu.default(
         dqkv.view(x2.shape[0], -1) if dqkv.numel() else dqkv.new_empty(x2.shape[0], dqkv.shape[-2] * dqkv.shape[-1]),
         x2,
-        *_weights(tuple(args)),
+        *weights[:3],
+        *weights[6:],
         mean if has_pre_norm else None,
         rstd if has_pre_norm else None,
         *kernel_args,

@@ -251,7 +251,10 @@ SPEC = define(
         fake_bwd=_fake_bwd,
         setup_context=save_mlp,
         backward=_backward,
-        backends=(cpu_backend(native.fwd, native.bwd), eager_backend(_eager_fwd, _eager_bwd)),
+        backends=(
+            cpu_backend(native.fwd, native.bwd, error_multiple=native.ERROR_MULTIPLE),
+            eager_backend(_eager_fwd, _eager_bwd),
+        ),
         samples=_samples,
         saved="x, weights, biases; gate_up (rows, 2, F rounded up to 8) unless recompute; statistics float32",
         bytes_moved=_bytes,
