@@ -1,0 +1,67 @@
+# Every target makes .venv when it is missing, installs the development extras, builds the library, then does its work.
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+DIST := dist
+SOURCES := $(wildcard csrc/*/*) csrc/exports.map CMakeLists.txt setup.py
+
+.PHONY: install test test-full demo lint bench wheel wheel-files
+install: $(VENV)/.built
+
+$(PYTHON):
+	python3 -m venv $(VENV)
+
+# Dependencies first (torch's headers are needed to compile), as a pure-Python install.
+$(VENV)/.dependencies: pyproject.toml | $(PYTHON)
+	$(PYTHON) -m pip install -q "setuptools>=77"
+	EVA02_BUILD=pure $(PYTHON) -m pip install -q --no-build-isolation -e ".[dev]"
+	touch $@
+
+$(VENV)/.built: $(VENV)/.dependencies $(SOURCES)
+	$(PYTHON) -m pip install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+# $(call part,name,command): runs a part of the tests and notes its minutes, also when it fails.
+TIMES := build/test-minutes.txt
+define part
+	@begin=$$(date +%s); status=0; $(2) || status=$$?; \
+	printf '%-12s %5s minutes%s\n' "$(1)" "$$(( ($$(date +%s) - begin) / 60 )).$$(( ($$(date +%s) - begin) % 60 / 6 ))" \
+	  "$$([ $$status = 0 ] || echo ', FAILED')" >> $(TIMES); [ $$status = 0 ] || { cat $(TIMES); exit $$status; }
+endef
+
+test: install
+	@mkdir -p build && rm -f $(TIMES)
+	$(call part,contract,$(PYTHON) -m pytest -q -m "not full and not gpu and not wheel" tests/test_contract.py)
+	$(call part,rest,$(PYTHON) -m pytest -q -m "not full and not gpu and not wheel" --ignore=tests/test_contract.py tests)
+	$(call part,wheel,$(PYTHON) -m pytest -q -m "wheel and not full" tests/test_wheel.py)
+	@cat $(TIMES)
+
+test-full: install
+	@mkdir -p build && rm -f $(TIMES)
+	$(call part,tests,$(PYTHON) -m pytest -q -m "not gpu and not wheel" tests)
+	$(call part,wheel,$(PYTHON) -m pytest -q -m wheel tests/test_wheel.py)
+	@cat $(TIMES)
+
+demo: install
+	$(PYTHON) -m benchmarks.demo
+
+lint: install
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp')
+	$(PYTHON) -m mypy
+
+bench: install
+	$(PYTHON) -m benchmarks.run --suite ops
+
+# The platform wheel, the pure-Python wheel and the sdist, into $(DIST). build/lib is setuptools' and would keep files
+# that have since been removed.
+wheel: install
+	$(MAKE) wheel-files
+
+wheel-files:
+	rm -rf build/lib* build/bdist* $(DIST)/eva02_kernels-*
+	EVA02_BUILD=manylinux $(PYTHON) -m build --no-isolation --wheel --outdir $(DIST)
+	rm -rf build/lib* build/bdist*
+	EVA02_BUILD=pure $(PYTHON) -m build --no-isolation --wheel --outdir $(DIST)
+	EVA02_BUILD=pure $(PYTHON) -m build --no-isolation --sdist --outdir $(DIST)
+	rm -rf build/lib* build/bdist*
