@@ -40,24 +40,30 @@ def randomise(module: nn.Module, seed: int = 0) -> None:
 class ModelCase:
     """One classification model in the three forms that the arms share: timm's, ours, timm's patched."""
 
-    def __init__(self, shape: Shape, dtype: torch.dtype = torch.float32, *, depth: int | None = None) -> None:
-        self.shape, self.dtype, self.name = shape, dtype, shape.model_name
-        self.depth = shape.depth if depth is None else depth
+    def __init__(
+        self, shape: Shape, dtype: torch.dtype = torch.float32, *, model_name: str | None = None, **options: Any
+    ) -> None:
+        """``model_name``: the model that ``options`` change (timm's and ours take the same); default: the shape's."""
+        self.shape, self.dtype = shape, dtype
+        self.name = shape.name if model_name else shape.model_name
+        self.model_name = model_name or shape.model_name
+        self.options: dict[str, Any] = {"num_classes": NUM_CLASSES, "in_chans": 3, **options}
         generator = torch.Generator().manual_seed(0)
-        self.inputs = torch.randn(shape.batch, 3, shape.image, shape.image, generator=generator).to(dtype)
-        self.labels = torch.randint(NUM_CLASSES, (shape.batch,), generator=generator)
+        size = (shape.batch, self.options["in_chans"], shape.image, shape.image)
+        self.inputs = torch.randn(size, generator=generator).to(dtype)
+        self.labels = torch.randint(self.options["num_classes"], (shape.batch,), generator=generator)
 
     @cached_property
     def timm(self) -> nn.Module:
         import timm
 
-        model = timm.create_model(self.shape.model_name, num_classes=NUM_CLASSES, depth=self.depth)
+        model = timm.create_model(self.model_name, **self.options)
         randomise(model)
         return model.to(self.dtype)
 
     @cached_property
     def ours(self) -> nn.Module:
-        model = eva02.create_model(self.shape.model_name, num_classes=NUM_CLASSES, depth=self.depth)
+        model = eva02.create_model(self.model_name, **self.options)
         model.load_state_dict(self.timm.state_dict())
         return model.to(self.dtype)
 
@@ -80,7 +86,7 @@ class ModelCase:
         return nn.functional.cross_entropy(outputs.float() if outputs.dtype != torch.float64 else outputs, self.labels)
 
     def flops(self) -> int:
-        return self.shape.model_flops(NUM_CLASSES)
+        return self.shape.model_flops(self.options["num_classes"], self.options["in_chans"])
 
 
 class BlockCase(ModelCase):

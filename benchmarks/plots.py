@@ -86,8 +86,8 @@ def _by_case(rows: Sequence[Row]) -> list[list[Row]]:
 def _caption(docs: Sequence[dict[str, Any]]) -> str:
     env = docs[0]["environment"]
     return (
-        f"{env['cpu']}, {env['threads']} threads, {docs[0]['config']['dtype']}, torch {env['versions']['torch']}"
-        f"{', timm ' + env['versions']['timm'] if 'timm' in env['versions'] else ''}; bars: median of ratios in a round, "
+        f"{env['cpu']}, {env['threads']} threads, {docs[0]['config']['dtype']}, torch {env['versions']['torch']}, "
+        f"timm {env['versions'].get('timm', 'not installed')}; bars: median of the ratios within a round, "
         "lines p20-p80; red band: the baseline measured a second time"
     )
 
@@ -133,15 +133,14 @@ def _horizontal(ax: Any, cases: Sequence[list[Row]], names: Sequence[str], value
         if again is not None and again["ratio"]:
             ax.fill_betweenx([y - 0.45, y + 0.45], again["ratio"]["p20"], again["ratio"]["p80"], color="#c0392b",
                              alpha=0.25, linewidth=0)  # fmt: skip
-        for i, name in enumerate(names):
-            at, row = y - 0.4 + (i + 0.5) * height, by_name.get(name)
-            number = value(row) if row is not None and row["status"] == OK else None
-            if number is None:
-                continue
+        numbers = {n: value(by_name[n]) for n in names if n in by_name and by_name[n]["status"] == OK}
+        shown = {name: number for name, number in numbers.items() if number is not None}
+        for i, (name, number) in enumerate(shown.items()):
+            at = y + (i + 0.5 - len(shown) / 2) * height
             ax.barh(at, number, height * 0.92, color=_colour(name, names), zorder=2)
             ax.text(number, at, f" {number:.2f}", va="center", fontsize=7, zorder=3)
     ax.set_yticks(range(len(labels)), labels, fontsize=8)
-    ax.invert_yaxis()
+    ax.set_ylim(len(labels) - 0.4, -0.6)
     handles = [_patch(name, names) for name in names]
     ax.legend(handles=handles, fontsize=8, frameon=False, loc="lower right")
 
@@ -155,7 +154,7 @@ def _patch(name: str, names: Sequence[str]) -> Any:
 def plot_ops(doc: dict[str, Any], out: Path) -> None:
     """Speed over eager of each operator and model, one panel a mode."""
     modes = list(dict.fromkeys(r["mode"] for r in doc["rows"]))
-    names = [n for n in _arms(doc["rows"])]
+    names = _arms(doc["rows"])
     cases = {mode: _by_case([r for r in doc["rows"] if r["mode"] == mode]) for mode in modes}
     longest = max(len(c) for c in cases.values())
     fig, axes = _figure(1, len(modes), 6 * len(modes), 1.4 + longest * max(0.3, 0.16 * len(names)))

@@ -44,8 +44,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, argparse.Argument
     parser.add_argument("--suite", choices=list(RUNNERS), help="what to measure (not with --verify)")
     cli.add_arguments(parser)
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the rows into this PNG file")
-    parser.add_argument("--base", metavar="GIT_REF",
-                        help="build this commit in a throw-away worktree, run the same there first, and compare")  # fmt: skip
+    base = "build this commit in a throw-away worktree, run the same there first, and compare"
+    parser.add_argument("--base", metavar="GIT_REF", help=base)
     return parser.parse_args(argv), parser
 
 

@@ -102,7 +102,7 @@ def _prepare(p: Provider, case: ModelCase, train: bool, optimisers: _Optimisers,
         arm.gate = compare(_results(case, built, train=train), expected[1], expected[0])
     except Unsupported as reason:
         return arm.refuse(UNSUPPORTED, str(reason))
-    except Exception as error:  # noqa: BLE001 - an arm that raises is a row with its reason; the others still run
+    except Exception as error:  # an arm that raises is a row with its reason; the others still run
         return arm.refuse(RAISED, f"{type(error).__name__}: {str(error).strip()[:600]}")
     if not arm.gate["passed"]:
         return arm.refuse(GATE_FAILED, "; ".join(arm.gate["failures"]))
@@ -112,37 +112,43 @@ def _prepare(p: Provider, case: ModelCase, train: bool, optimisers: _Optimisers,
     return arm
 
 
+def run_case(
+    case: ModelCase, config: Config, roofline: Roofline | None = None, progress: Progress = lambda text: None
+) -> list[dict[str, Any]]:
+    """Rows of one case: a forward, or a training step where the suite is `train`."""
+    train, block, shape = config.suite == "train", isinstance(case, BlockCase), case.shape
+    mode = ("fwd+bwd" if block else "step") if train else "fwd"
+    torch._dynamo.reset()
+    progress(f"{case.name} {mode}: reference")
+    case.timm.train(train)
+    plain = _results(case, ModelArm(case.timm, case.forward_of(case.timm)), train=train)
+    expected = (_reference(case, train=train), plain)
+    optimisers = _Optimisers()
+    arms = []
+    with strict():
+        for p in providers(config.suite, names=list(config.providers)):
+            progress(f"{case.name} {mode}: {p.name}")
+            arms.append(_prepare(p, case, train, optimisers, expected))
+        del expected, plain
+        optimisers.start()
+        progress(f"{case.name} {mode}: {config.rounds} rounds")
+        return measure_rows(
+            {"suite": config.suite, "case": case.name, "model": shape.name, "mode": mode, "dtype": config.dtype,
+             "shape": shape.describe()},
+            arms,
+            config,
+            # Backward is two products for each one of the forward.
+            flops=0 if block else case.flops() * (3 if train else 1),
+            items=0 if block else shape.batch,
+            roofline=roofline,
+        )  # fmt: skip
+
+
 def run_models(config: Config, roofline: Roofline | None = None, progress: Progress = lambda text: None) -> Rows:
     """Images per second of the forward (suite `model`) or of a training step (suite `train`)."""
-    train = config.suite == "train"
     for model in config.models:
-        shape = shape_named(model)
-        for case in cases(shape, config.torch_dtype()):
-            block = isinstance(case, BlockCase)
-            mode = ("fwd+bwd" if block else "step") if train else "fwd"
-            torch._dynamo.reset()
-            progress(f"{case.name} {mode}: reference")
-            case.timm.train(train)
-            plain = _results(case, ModelArm(case.timm, case.forward_of(case.timm)), train=train)
-            expected = (_reference(case, train=train), plain)
-            optimisers = _Optimisers()
-            arms = []
-            with strict():
-                for p in providers(config.suite, names=list(config.providers)):
-                    progress(f"{case.name} {mode}: {p.name}")
-                    arms.append(_prepare(p, case, train, optimisers, expected))
-                del expected, plain
-                optimisers.start()
-                yield measure_rows(
-                    {"suite": config.suite, "case": case.name, "model": shape.name, "mode": mode,
-                     "dtype": config.dtype, "shape": shape.describe()},
-                    arms,
-                    config,
-                    # Backward is two products for each one of the forward.
-                    flops=0 if block else case.flops() * (3 if train else 1),
-                    items=0 if block else shape.batch,
-                    roofline=roofline,
-                )  # fmt: skip
+        for case in cases(shape_named(model), config.torch_dtype()):
+            yield run_case(case, config, roofline, progress)
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------

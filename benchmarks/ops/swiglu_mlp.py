@@ -20,8 +20,9 @@ def timm(problem: Problem) -> Function:
     s = problem.shape
     if s.subln:
         mlp = SwiGLU(s.dim, s.hidden, norm_layer=partial(nn.LayerNorm, eps=EPS))
-        names = {"fc1_g.weight": "w_gate", "fc1_g.bias": "b_gate", "fc1_x.weight": "w_up", "fc1_x.bias": "b_up",
-                 "norm.weight": "norm_w", "norm.bias": "norm_b", "fc2.weight": "w_down", "fc2.bias": "b_down"}  # fmt: skip
+        modules = {"fc1_g": "gate", "fc1_x": "up", "fc2": "down"}
+        names = {f"{m}.{kind}": f"{kind[0]}_{n}" for m, n in modules.items() for kind in ("weight", "bias")}
+        names |= {"norm.weight": "norm_w", "norm.bias": "norm_b"}
     else:
         mlp = GluMlp(s.dim, 2 * s.hidden, act_layer=nn.SiLU, gate_last=False)
         names = {"fc1.weight": "w_gate", "fc1.bias": "b_gate", "fc2.weight": "w_down", "fc2.bias": "b_down"}

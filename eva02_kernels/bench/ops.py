@@ -139,7 +139,7 @@ def prepare(p: Provider, problem: Problem, mode: str, grads: Any, expected: Expe
         if p.ours:
             arm.notes["backends"] = sorted({f"{op} {direction}: {name}" for op, direction, name in stats()})
         _gate(arm, problem, function, mode, grads, expected)
-    except Exception as error:  # noqa: BLE001 - an arm that raises is a row with its reason; the others still run
+    except Exception as error:  # an arm that raises is a row with its reason; the others still run
         return arm.refuse(RAISED, f"{type(error).__name__}: {str(error).strip()[:600]}")
     if mode == "fwd":
         return arm

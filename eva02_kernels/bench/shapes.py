@@ -1,4 +1,4 @@
-"""The sizes that are measured: EVA-02's models at their benchmark batch, and one so small that only host time is left."""
+"""The sizes that are measured: EVA-02's models at their benchmark batch, and one that leaves only host time."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ class Shape:
         products = 4 * self.dim**2 + 3 * self.dim * self.hidden
         return 2 * self.rows * (products + 2 * self.tokens * self.dim)
 
-    def model_flops(self, num_classes: int = 1000) -> int:
-        patch = self.batch * self.patches * 3 * self.patch**2 * self.dim
+    def model_flops(self, num_classes: int = 1000, channels: int = 3) -> int:
+        patch = self.batch * self.patches * channels * self.patch**2 * self.dim
         return self.depth * self.block_flops() + 2 * (patch + self.batch * self.dim * num_classes)
 
     def describe(self) -> dict[str, int | str | bool]:
