@@ -48,31 +48,31 @@ void set_cpu_isa(Isa isa);
 // Declares launcher `name(const Params&, const Runtime&)`: one definition per instruction set (the same source built
 // several times, in namespace eva02::EVA02_ISA) and one entry, eva02::name, that picks at run time.
 #if defined(__x86_64__)
-#define EVA02_CPU_LAUNCHER(name, Params)                            \
-  namespace eva02::baseline {                                       \
-  void name(const Params&, const Runtime&);                         \
-  }                                                                 \
-  namespace eva02::avx2 {                                           \
-  void name(const Params&, const Runtime&);                         \
-  }                                                                 \
-  namespace eva02::avx512 {                                         \
-  void name(const Params&, const Runtime&);                         \
-  }                                                                 \
-  namespace eva02 {                                                 \
-  inline void name(const Params& params, const Runtime& runtime) {  \
-    switch (cpu_isa()) {                                            \
-      case Isa::avx512: return avx512::name(params, runtime);       \
-      case Isa::avx2: return avx2::name(params, runtime);           \
-      case Isa::baseline: return baseline::name(params, runtime);   \
-    }                                                               \
-  }                                                                 \
+#define EVA02_CPU_LAUNCHER(name, Params)                           \
+  namespace eva02::baseline {                                      \
+  void name(const Params&, const Runtime&);                        \
+  }                                                                \
+  namespace eva02::avx2 {                                          \
+  void name(const Params&, const Runtime&);                        \
+  }                                                                \
+  namespace eva02::avx512 {                                        \
+  void name(const Params&, const Runtime&);                        \
+  }                                                                \
+  namespace eva02 {                                                \
+  inline void name(const Params& params, const Runtime& runtime) { \
+    switch (cpu_isa()) {                                           \
+      case Isa::avx512: return avx512::name(params, runtime);      \
+      case Isa::avx2: return avx2::name(params, runtime);          \
+      case Isa::baseline: return baseline::name(params, runtime);  \
+    }                                                              \
+  }                                                                \
   }
 #else
-#define EVA02_CPU_LAUNCHER(name, Params)                                                                      \
-  namespace eva02::baseline {                                                                                 \
-  void name(const Params&, const Runtime&);                                                                   \
-  }                                                                                                           \
-  namespace eva02 {                                                                                           \
+#define EVA02_CPU_LAUNCHER(name, Params)                                                                     \
+  namespace eva02::baseline {                                                                                \
+  void name(const Params&, const Runtime&);                                                                  \
+  }                                                                                                          \
+  namespace eva02 {                                                                                          \
   inline void name(const Params& params, const Runtime& runtime) { return baseline::name(params, runtime); } \
   }
 #endif

@@ -5,9 +5,8 @@
 // Numerics  float32 inside, one rounding at the store
 // Limits    last dim contiguous; any row stride, any F (masked tail)
 // Source    original; formula: Shazeer, arXiv:2002.05202
-#include "swiglu/swiglu.h"
-
 #include "common/vec.h"
+#include "swiglu/swiglu.h"
 
 namespace eva02::EVA02_ISA {
 namespace {
