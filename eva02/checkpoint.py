@@ -146,10 +146,7 @@ def _reading_problem(path: Path, error: Exception) -> str:
         )
     # torch's own text for a refused pickle recommends turning the protection off; its last sentence says what failed.
     reason = re.search(r"WeightsUnpickler error: *([^\n]+)", text) or re.match(r"\s*([^\n]+)", text)
-    if reason is None or reason[1].startswith("Weights only load failed"):
-        detail = type(error).__name__
-    else:
-        detail = reason[1]
+    detail = type(error).__name__ if reason is None or reason[1].startswith("Weights only load failed") else reason[1]
     return f"cannot be read as {path.suffix or 'a checkpoint'} ({size} bytes): truncated or not a checkpoint ({detail})"
 
 

@@ -121,9 +121,7 @@ def _info(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(rows, indent=1))
         return
-    print(
-        f"{'model':30} {'parameters':>12} {'image':>9} {'patch':>6} {'dim':>5} {'depth':>5} {'heads':>5} {'hidden':>6} head"
-    )
+    print(f"{'model':30} {'parameters':>12} {'image':>9} {'patch':>6}   dim depth heads hidden head")
     for row in rows:
         image, patch = ("x".join(map(str, row[key])) for key in ("img_size", "patch_size"))
         print(

@@ -225,6 +225,8 @@ def canonical_rope(
                 f"rope: the table is for {capacity} patches, the sequence has {num_patches} after "
                 f"{num_prefix_tokens} prefix tokens (keep_idx tells which patches are there)"
             )
+    if keep_idx is not None:
+        keep_idx = keep_idx.contiguous()  # such as one row of indices expanded over the batch
     return RopeArgs(cos, sin, rope.grids, grid, layout, num_prefix_tokens, keep_idx)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: every upstream's layout and container in, resizing by either rule, and one clear error for a bad file."""
+"""Checkpoints: every upstream's layout and container in, resizing by either rule, one clear error for a bad file."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
+from parity import images, randomise, rope_cat
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from timm.models.eva import checkpoint_filter_fn
 from torch import Tensor
@@ -21,7 +22,6 @@ from torch import Tensor
 import eva02
 from eva02 import CheckpointError
 from eva02.cli import main
-from parity import images, randomise, rope_cat
 
 TINY, BASE = "eva02_tiny_patch14_224", "eva02_base_patch14_224"
 SMALL_ARGS = {"depth": 2, "img_size": 56, "embed_dim": 128, "num_heads": 2}
@@ -100,8 +100,10 @@ def test_fine_tuned_layouts(tmp_path, name, layout, suffix):
     report = eva02.load_checkpoint(target, path)
     assert_same(target, source.state_dict())
     assert report.layout == layout
-    assert not report.fresh and len(report.loaded) == len(source.state_dict())
-    assert all("rope" in key for key in report.dropped) and bool(report.dropped) == (layout != "timm")
+    assert not report.fresh
+    assert len(report.loaded) == len(source.state_dict())
+    assert all("rope" in key for key in report.dropped)
+    assert bool(report.dropped) == (layout != "timm")
     assert layout in str(report)
     if layout == "mmpretrain":
         assert any("norm_eps=1e-5" in note for note in report.notes)
@@ -121,7 +123,8 @@ def test_official_mim_file(tmp_path, name):
     features = model_of(name, seed=1)
     report = eva02.load_checkpoint(features, path)
     assert_same(features, expected)
-    assert report.renamed["norm.weight"] == "fc_norm.weight" and "mask_token" in report.dropped
+    assert report.renamed["norm.weight"] == "fc_norm.weight"
+    assert "mask_token" in report.dropped
 
     classifier = model_of(name, seed=1, num_classes=10)
     before = {key: value.clone() for key, value in classifier.state_dict().items()}
@@ -252,7 +255,8 @@ def test_patch_kernel_rules(new):
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * theirs.abs().max().item())
     official = eva02.resize_patch_kernel(kernel, new, "official")
     if new == (14, 14):
-        assert official is kernel and ours is kernel
+        assert official is kernel
+        assert ours is kernel
     else:
         torch.testing.assert_close(official, F.interpolate(kernel, size=new, mode="bicubic", align_corners=False))
 
@@ -339,7 +343,7 @@ def test_mmpretrain_rope_tables_are_checked(tmp_path):
     tables = rope_tables()
     tables["freqs_sin"] = tables["freqs_sin"] + 2e-3
     torch.save(to_mmpretrain(source.state_dict(), tables), path)
-    with pytest.raises(CheckpointError, match="freqs_sin: the stored RoPE table differs.*0.002"):
+    with pytest.raises(CheckpointError, match=r"freqs_sin: the stored RoPE table differs.*0\.002"):
         eva02.load_checkpoint(target, path)
 
 
@@ -370,7 +374,8 @@ def refuse(path, *expected, model=None, **kwargs):
         eva02.load_checkpoint(model, path, **kwargs)
     assert isinstance(error.value, ValueError)
     text = str(error.value)
-    assert str(path) in text and error.value.problems
+    assert str(path) in text
+    assert error.value.problems
     for part in expected:
         assert part in text, text
     assert_same(model, before)
@@ -408,7 +413,8 @@ def test_other_size_depth_and_classes(tmp_path):
     refuse(path, "wrong shape, (7, 128) stored and (10, 128) expected: head.weight; head='fresh'")
     target = model_of(num_classes=10, seed=1)
     report = eva02.load_checkpoint(target, path, head="fresh")
-    assert report.fresh == ["head.weight", "head.bias"] and report.dropped == ["head.weight", "head.bias"]
+    assert report.fresh == ["head.weight", "head.bias"]
+    assert report.dropped == ["head.weight", "head.bias"]
     features = model_of()
     assert eva02.load_checkpoint(features, path).dropped == ["head.weight", "head.bias"]
     mim = model_of(head="mim")
@@ -479,7 +485,8 @@ def test_code_in_a_pickle_is_not_run(tmp_path, monkeypatch, how):
     text = refuse(path)
     assert not (tmp_path / "unpickled").exists()
     if how != "pickle":
-        assert "mkdir" in text and "weights_only" in text
+        assert "mkdir" in text
+        assert "weights_only" in text
 
 
 def test_whole_module_and_numpy_are_refused(tmp_path):
@@ -560,7 +567,7 @@ def test_convert_command_with_a_model_resizes(tmp_path, capsys):
     assert main(arguments + options) == 0
     assert "pos_embed 4x4 -> 5x7 (official)" in capsys.readouterr().out
     assert safetensors.torch.load_file(tmp_path / "out.safetensors")["pos_embed"].shape == (1, 36, 192)
-    assert main(arguments + ["--num-classes", "11"]) == 1
+    assert main([*arguments, "--num-classes", "11"]) == 1
     assert "wrong shape" in capsys.readouterr().err
     assert main(arguments[:3] + options[:2]) == 1
     assert "need --model" in capsys.readouterr().err

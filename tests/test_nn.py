@@ -1,4 +1,4 @@
-"""Modules of eva02_kernels.nn: timm's weights load, timm's numbers come out, and Rope2d survives what models go through."""
+"""Modules of eva02_kernels.nn: timm's weights load, timm's numbers come out, Rope2d survives what models go through."""
 
 from __future__ import annotations
 
@@ -11,27 +11,26 @@ import pytest
 import timm.layers
 import timm.models.eva as timm_eva
 import torch
+from parity import compare, randomise, rope_cat, shapes
 from torch import nn
 
 import eva02_kernels
 from eva02_kernels.nn import AddLayerNorm, EvaBlock, Mlp, Rope2d, RopeAttention, SwiGLU, SwiGLUPacked, drop_path_scale
-from parity import assert_parity, randomise, rope_cat, run, shapes
 
 GRID = (3, 5)
 DIM, HEADS = 128, 2
 timm_norm = partial(timm.layers.LayerNorm, eps=1e-6)
 
 
-def tokens(batch=2, length=1 + GRID[0] * GRID[1], dim=DIM):
-    return torch.randn(batch, length, dim, generator=torch.Generator().manual_seed(1))
+def tokens(batch=2, length=1 + GRID[0] * GRID[1], dim=DIM, seed=1):
+    return torch.randn(batch, length, dim, generator=torch.Generator().manual_seed(seed))
 
 
-def check(theirs: nn.Module, ours: nn.Module, with_rope: bool = False, x: torch.Tensor | None = None) -> None:
+def check(theirs: nn.Module, ours: nn.Module, with_rope: bool = False) -> None:
     """Same state_dict, then same output and gradients (that of the input included) by the tolerance rule."""
     randomise(theirs)
     assert shapes(theirs) == shapes(ours)
     ours.load_state_dict(theirs.state_dict())
-    x = tokens() if x is None else x
     cat = rope_cat(GRID, DIM // HEADS)
     table = eva02_kernels.rope_2d(GRID, DIM // HEADS)
 
@@ -40,15 +39,7 @@ def check(theirs: nn.Module, ours: nn.Module, with_rope: bool = False, x: torch.
             return model(x)
         return model(x, table) if model is ours else model(x, rope=cat.to(x.dtype))
 
-    results = []
-    for model, dtype in ((ours, None), (theirs, None), (theirs, torch.float64)):
-        if dtype is not None:
-            model.to(dtype)
-        leaf = x.to(dtype or x.dtype).requires_grad_()
-        result = run(model, leaf, call)
-        result["grad of x"] = torch.autograd.grad(call(model, leaf).square().sum(), leaf)[0].double()
-        results.append(result)
-    assert_parity(*results)
+    compare(theirs, ours, [tokens(seed=seed).requires_grad_() for seed in range(16)], lambda m: m.double(), call)
 
 
 @pytest.mark.parametrize("norm", [False, True])
@@ -63,13 +54,20 @@ def test_swiglu_alignment_and_bias():
 
 
 def test_swiglu_packed():
-    check(timm.layers.SwiGLUPacked(DIM, 340, out_features=60), SwiGLUPacked(DIM, 340, out_features=60))
+    check(timm.layers.SwiGLUPacked(DIM, 340), SwiGLUPacked(DIM, 340))
     with pytest.raises(ValueError, match="even"):
         SwiGLUPacked(DIM, 341)
 
 
 def test_mlp():
     check(timm.layers.Mlp(DIM, 300), Mlp(DIM, 300))
+
+
+@pytest.mark.parametrize("out_features", [60, 200])
+def test_another_number_of_output_channels(out_features):
+    check(timm.layers.Mlp(DIM, 300, out_features), Mlp(DIM, 300, out_features))
+    check(timm.layers.SwiGLU(DIM, 170, out_features), SwiGLU(DIM, 170, out_features))
+    check(timm.layers.SwiGLUPacked(DIM, 340, out_features), SwiGLUPacked(DIM, 340, out_features))
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -189,7 +187,9 @@ def test_drop_path(post_norm):
 def test_drop_path_scale():
     torch.manual_seed(0)
     first, second = drop_path_scale(1000, 0.25, 2, torch.device("cpu"))
-    assert first.dtype == torch.float32 and first.shape == (1000,) and not torch.equal(first, second)
+    assert first.dtype == torch.float32
+    assert first.shape == (1000,)
+    assert not torch.equal(first, second)
     assert first.unique().tolist() == [0.0, pytest.approx(4 / 3)]
     assert first.mean().item() == pytest.approx(1.0, abs=0.1)
     assert not drop_path_scale(8, 1.0, 1, torch.device("cpu"))[0].any()
@@ -235,11 +235,13 @@ def test_rope_is_the_recipe_and_is_cached():
 def test_rope_is_no_state_and_keeps_its_dtype():
     model = Holder()
     assert set(model.state_dict()) == {"lin.weight", "lin.bias"}
-    assert not list(model.rope.buffers()) and not list(model.rope.parameters())
+    assert not list(model.rope.buffers())
+    assert not list(model.rope.parameters())
     table = model.rope()
     for convert in (model.half, model.double, model.bfloat16, lambda: model.to(torch.bfloat16)):
         convert()
-        assert equal(model.rope(), table) and model.rope().cos.dtype == torch.float32
+        assert equal(model.rope(), table)
+        assert model.rope().cos.dtype == torch.float32
 
 
 def test_rope_survives_copies():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,6 +22,14 @@ from eva02_kernels.ops._common import (
 # The hidden layer is kept in the activations' dtype, so that in 16 bits backward starts from rounded values that a
 # float32 run does not have; the largest excess over the rule's plain bounds seen in the contract suite is 1.18.
 ERROR_MULTIPLE = 1.5
+
+
+def unsupported(direction: str, args: tuple[Any, ...]) -> Sequence[str]:
+    x, *rest = args if direction == "fwd" else args[4:]
+    w_out = rest[2]
+    if w_out.shape[0] != x.shape[-1]:
+        return (f"needs as many output as input channels, got {w_out.shape[0]} and {x.shape[-1]}",)
+    return ()
 
 
 def empty_outputs(x: Tensor, args: tuple[Any, ...]) -> tuple[Tensor, ...]:

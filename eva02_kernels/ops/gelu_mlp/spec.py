@@ -171,7 +171,7 @@ SPEC = define(
         setup_context=save_mlp,
         backward=_backward,
         backends=(
-            cpu_backend(native.fwd, native.bwd, error_multiple=native.ERROR_MULTIPLE),
+            cpu_backend(native.fwd, native.bwd, native.unsupported, error_multiple=native.ERROR_MULTIPLE),
             eager_backend(_eager_fwd, _eager_bwd),
         ),
         samples=_samples,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,6 +26,14 @@ ERROR_MULTIPLE = 2.0
 
 def hidden_width(w_gate: Tensor, w_up: Tensor | None) -> int:
     return w_gate.shape[0] // (2 if w_up is None else 1)
+
+
+def unsupported(direction: str, args: tuple[Any, ...]) -> Sequence[str]:
+    x, *rest = args if direction == "fwd" else args[6:]
+    w_out = rest[4]
+    if w_out.shape[0] != x.shape[-1]:
+        return (f"needs as many output as input channels, got {w_out.shape[0]} and {x.shape[-1]}",)
+    return ()
 
 
 def empty_outputs(x: Tensor, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
