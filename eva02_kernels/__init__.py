@@ -20,12 +20,15 @@ from eva02_kernels.ops.scatter_tokens import scatter_tokens
 from eva02_kernels.ops.subln_swiglu import subln_swiglu
 from eva02_kernels.ops.swiglu import swiglu
 from eva02_kernels.ops.swiglu_mlp import swiglu_mlp
+from eva02_kernels.patching import PatchReport, Rule, patch, unpatch
 from eva02_kernels.rope import RopeTable, rope_2d
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "PatchReport",
     "RopeTable",
+    "Rule",
     "Selection",
     "add_layer_norm",
     "apply_rope",
@@ -35,6 +38,7 @@ __all__ = [
     "linear",
     "mask_tokens",
     "masked_cosine_loss",
+    "patch",
     "qkv_rope",
     "ragged_index",
     "reset_stats",
@@ -48,4 +52,5 @@ __all__ = [
     "subln_swiglu",
     "swiglu",
     "swiglu_mlp",
+    "unpatch",
 ]
