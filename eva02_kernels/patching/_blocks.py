@@ -23,7 +23,7 @@ def attention_half(
     why = read.Why()
     pre, gamma = _around(norm, scale, drop, why)
     spec = read.attention(attn, "attn", why)
-    if why or not call.fine:
+    if why or spec is None or not call.fine:
         return _as_written(x, original(norm(x)), scale, drop)
     stream = _stream(x)
     row_scale = read.row_scale(drop, x)
@@ -35,7 +35,7 @@ def mlp_half(x: Tensor, norm: nn.Module, mlp: nn.Module, scale: Scale, drop: nn.
     why = read.Why()
     pre, gamma = _around(norm, scale, drop, why)
     spec = read.mlp(mlp, "mlp", why)
-    if why:
+    if why or spec is None:
         return _as_written(x, mlp(norm(x)), scale, drop)
     stream = _stream(x)
     out = run.mlp(x, spec, pre=pre, residual=stream, layer_scale=gamma, row_scale=read.row_scale(drop, x))

@@ -142,10 +142,7 @@ class PatchReport:
         for k in self.kept:
             kept.setdefault((k.original, k.reasons), []).append(k)
         standing_by = sum(r.within is not None for r in self.replaced)
-        if working:
-            lines = [f"replaced {sum(map(len, working.values()))} modules:"]
-        else:
-            lines = ["nothing was replaced"]
+        lines = [f"replaced {sum(map(len, working.values()))} modules:"] if working else ["nothing was replaced"]
         for (original, fused, ops, notes, already), rows in working.items():
             again = " (already replaced)" if already else ""
             names = _names([r.name for r in rows])
@@ -280,7 +277,8 @@ def _consider(
         return
     reasons = rule.refusal(module) if done is None else []
     if reasons or (rule.fused is None and done is None):
-        report.kept.append(Kept(name, original, tuple(reasons)))
+        if within is None:
+            report.kept.append(Kept(name, original, tuple(reasons)))
         return
     ops = tuple(rule.ops(module) if callable(rule.ops) else rule.ops)
     fused = cls if done is not None else rule.fused

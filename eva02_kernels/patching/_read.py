@@ -135,7 +135,7 @@ def dropout(module: nn.Module, name: str, why: Why) -> None:
         skippable(module, name, why)
 
 
-def norm(module: nn.Module, name: str, why: Why) -> Norm | None:
+def norm(module: Any, name: str, why: Why) -> Norm | None:
     rms = NORMS.get(type(module))
     if rms is None:
         why.never.append(f"{name} is a {kind(module)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,13 +64,14 @@ def attention(
         pre_norm=pre_norm,
         num_prefix_tokens=num_prefix_tokens,
     )
-    masks = {"key_padding_mask": key_padding_mask, "causal": causal, "scale": spec.scale}
+    masks: dict[str, Any] = {"key_padding_mask": key_padding_mask, "causal": causal, "scale": spec.scale}
+    out: Any
     if not rotate_later:
         out = rope_attention_packed(qkv, num_kv_heads=kv_heads, **masks)
     else:
         q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=2)
-        weights = {}
-        if _same_rms(spec.q_norm, spec.k_norm):
+        weights: dict[str, Any] = {}
+        if spec.q_norm is not None and spec.k_norm is not None and _same_rms(spec.q_norm, spec.k_norm):
             weights = {"q_norm": spec.q_norm.weight, "k_norm": spec.k_norm.weight, "norm_eps": spec.q_norm.eps}
         else:
             q = q if spec.q_norm is None else norm(q, spec.q_norm)
@@ -88,9 +90,9 @@ def attention(
     )
 
 
-def _same_rms(q_norm: read.Norm | None, k_norm: read.Norm | None) -> bool:
+def _same_rms(q_norm: read.Norm, k_norm: read.Norm) -> bool:
     """Whether attention can do both head norms itself: RMS, with weights, one eps."""
-    if q_norm is None or k_norm is None or not (q_norm.rms and k_norm.rms):
+    if not (q_norm.rms and k_norm.rms):
         return False
     return q_norm.weight is not None and k_norm.weight is not None and q_norm.eps == k_norm.eps
 
@@ -104,7 +106,7 @@ def _per_sample_and_head(
     folded = RopeTable.from_cos_sin(table.cos.flatten(0, 1), table.sin.flatten(0, 1), table.layout, per="batch")
     if kwargs["key_padding_mask"] is not None:
         kwargs["key_padding_mask"] = kwargs["key_padding_mask"].repeat_interleave(heads, dim=0)
-    out = rope_attention(q, k, v, folded, num_prefix_tokens=num_prefix_tokens, **kwargs)
+    out: Any = rope_attention(q, k, v, folded, num_prefix_tokens=num_prefix_tokens, **kwargs)
     return out.view(batch, heads, seqlen, -1).transpose(1, 2)
 
 
@@ -119,7 +121,12 @@ def mlp(
 ) -> Tensor:
     """residual + row_scale * layer_scale * mlp(pre(x))."""
     x, pre_norm = _pre_norm(x, pre)
-    branch = {"pre_norm": pre_norm, "residual": residual, "layer_scale": layer_scale, "row_scale": row_scale}
+    branch: dict[str, Any] = {
+        "pre_norm": pre_norm,
+        "residual": residual,
+        "layer_scale": layer_scale,
+        "row_scale": row_scale,
+    }
     if not spec.gated:
         return gelu_mlp(x, spec.w1, spec.b1, spec.w2, spec.b2, **branch)
     weight, bias, eps = (None, None, 1e-6) if spec.norm is None else spec.norm[1:]

@@ -117,7 +117,7 @@ def _probe(model: nn.Module, verify: bool | Tensor | Sequence[Tensor]) -> tuple[
     if hasattr(inner, "encode_image") and hasattr(inner, "encode_text") and length:
         tokens = torch.randint(1, 100, (2, length), generator=torch.Generator().manual_seed(0))
 
-        def both(m: nn.Module) -> Any:
+        def both(m: Any) -> Any:
             image, text = _cast((images, tokens), m)
             return m.encode_image(image), m.encode_text(text)
 
@@ -125,15 +125,15 @@ def _probe(model: nn.Module, verify: bool | Tensor | Sequence[Tensor]) -> tuple[
     return lambda m: m(*_cast((images,), m)), f"images {tuple(images.shape)}"
 
 
-def _image_size(model: nn.Module) -> tuple[int, int, int] | None:
+def _image_size(model: Any) -> tuple[int, int, int] | None:
     """(C, H, W) of a model of timm, transformers or open_clip."""
     visual = getattr(model, "visual", None)
     if isinstance(visual, nn.Module):
         return _image_size(visual)
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if hasattr(config, "image_size"):
         return (getattr(config, "num_channels", 3), *_pair(config.image_size))
-    embed = getattr(getattr(model, "trunk", model), "patch_embed", None)
+    embed: Any = getattr(getattr(model, "trunk", model), "patch_embed", None)
     if getattr(embed, "img_size", None) is not None and hasattr(embed, "proj"):
         return (embed.proj.weight.shape[1], *_pair(embed.img_size))
     cfg = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}

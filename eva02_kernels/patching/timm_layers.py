@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from timm import layers as tl
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from eva02_kernels import RopeTable
 from . import _read as read
 from . import _run as run
 from ._core import Rule, refuse
-from .torch_layers import norm_reasons
+from .torch_layers import LAYER_NORM_REASON
 
 # ---- small things ---------------------------------------------------------------------------------------------------
 read.ACTIVATIONS[tl.GELU] = lambda m: "gelu"
@@ -28,43 +30,28 @@ read.DROP_PATHS[tl.DropPath] = _draw
 
 
 # ---- norms ----------------------------------------------------------------------------------------------------------
-class FusedTimmLayerNorm(tl.LayerNorm):
-    def forward(self, x: Tensor) -> Tensor:
-        why = read.Why()
-        spec = read.norm(self, "norm", why)
-        return tl.LayerNorm.forward(self, x) if why else run.norm(x, spec)
-
-
-class FusedTimmLayerNormFp32(tl.LayerNormFp32):
-    def forward(self, x: Tensor) -> Tensor:
-        why = read.Why()
-        spec = read.norm(self, "norm", why)
-        return tl.LayerNormFp32.forward(self, x) if why else run.norm(x, spec)
-
-
 class FusedTimmRmsNorm(tl.RmsNorm):
     def forward(self, x: Tensor) -> Tensor:
         why = read.Why()
         spec = read.norm(self, "norm", why)
-        return tl.RmsNorm.forward(self, x) if why else run.norm(x, spec)
+        return tl.RmsNorm.forward(self, x) if why or spec is None else run.norm(x, spec)
 
 
 class FusedTimmRmsNormFp32(tl.RmsNormFp32):
     def forward(self, x: Tensor) -> Tensor:
         why = read.Why()
         spec = read.norm(self, "norm", why)
-        return tl.RmsNormFp32.forward(self, x) if why else run.norm(x, spec)
+        return tl.RmsNormFp32.forward(self, x) if why or spec is None else run.norm(x, spec)
 
 
-_NORM_RULES = []
-for _original, _fused in (
-    (tl.LayerNorm, FusedTimmLayerNorm),
-    (tl.LayerNormFp32, FusedTimmLayerNormFp32),
-    (tl.RmsNorm, FusedTimmRmsNorm),
-    (tl.RmsNormFp32, FusedTimmRmsNormFp32),
-):
-    read.NORMS[_original] = read.NORMS[_fused] = "Rms" in _original.__name__
-    _NORM_RULES.append(Rule(_original, _fused, norm_reasons, ("add_layer_norm",)))
+def _norm_reasons(module: nn.Module) -> list[str]:
+    why = read.Why()
+    read.norm(module, "norm", why)
+    return why.never
+
+
+read.NORMS.update({tl.LayerNorm: False, tl.LayerNormFp32: False})
+read.NORMS.update(dict.fromkeys((tl.RmsNorm, FusedTimmRmsNorm, tl.RmsNormFp32, FusedTimmRmsNormFp32), True))
 
 
 # ---- MLPs -----------------------------------------------------------------------------------------------------------
@@ -98,10 +85,12 @@ def _subln(module: nn.Module, why: read.Why) -> read.Norm | None:
     return norm
 
 
-def _finish(module: nn.Module, why: read.Why, first: tuple, up: tuple | None, norm: read.Norm | None):
+def _finish(
+    module: Any, why: read.Why, first: tuple[Any, str], up: tuple[Any, str] | None, norm: read.Norm | None
+) -> read.Mlp | None:
     read.dropout(module.drop1, "drop1", why)
     read.dropout(module.drop2, "drop2", why)
-    fine = [read.linear(*linear, why) for linear in (first, up, (module.fc2, "fc2")) if linear is not None]
+    fine = [read.linear(m, name, why) for m, name in filter(None, (first, up, (module.fc2, "fc2")))]
     if why or not all(fine):
         return None
     up_weight, up_bias = (None, None) if up is None else (up[0].weight, up[0].bias)
@@ -116,7 +105,7 @@ def _mlp_reasons(module: nn.Module) -> list[str]:
     return why.never
 
 
-def _run_mlp(module: nn.Module, x: Tensor, original: type) -> Tensor:
+def _run_mlp(module: nn.Module, x: Tensor, original: Any) -> Tensor:
     why = read.Why()
     spec = read.MLPS[original](module, why)
     return original.forward(module, x) if spec is None else run.mlp(x, spec)
@@ -146,7 +135,7 @@ for _reader, *_classes in (
 
 
 # ---- attention ------------------------------------------------------------------------------------------------------
-def read_attention(module: nn.Module, why: read.Why) -> read.Attention | None:
+def read_attention(module: Any, why: read.Why) -> read.Attention | None:
     """timm's Attention, AttentionRope and EvaAttention, which differ in their projections only."""
     fused = module.qkv is not None
     linears = [(module.qkv, "qkv")] if fused else [(getattr(module, n), n) for n in ("q_proj", "k_proj", "v_proj")]
@@ -154,7 +143,7 @@ def read_attention(module: nn.Module, why: read.Why) -> read.Attention | None:
     gate = getattr(module, "gate", None)
     if gate is not None:
         linears.append((gate, "gate"))
-    fine = [read.linear(*linear, why) for linear in linears]
+    fine = [read.linear(m, name, why) for m, name in linears]
     q_norm = read.optional_norm(module.q_norm, "q_norm", why)
     k_norm = read.optional_norm(module.k_norm, "k_norm", why)
     inner_norm = read.optional_norm(module.norm, "norm", why)
@@ -222,11 +211,11 @@ def rope_table(rope: Tensor | None, module: nn.Module) -> tuple[bool, RopeTable 
 class Call:
     """The arguments of one attention call in our terms; ``fine`` is False if it needs the original code."""
 
-    def __init__(self, module: nn.Module, x: Tensor, rope: Tensor | None, attn_mask: Tensor | None, is_causal: bool):
+    def __init__(self, module: Any, x: Tensor, rope: Tensor | None, attn_mask: Tensor | None, is_causal: bool):
         can_mask, mask = key_padding_mask(attn_mask, x)
         can_rotate, table = rope_table(rope, module)
         self.fine = can_mask and can_rotate and not (is_causal and attn_mask is not None)
-        self.kwargs = {
+        self.kwargs: dict[str, Any] = {
             "table": table,
             "num_prefix_tokens": 0 if table is None else module.num_prefix_tokens,
             "key_padding_mask": mask,
@@ -262,7 +251,10 @@ for _class in (tl.Attention, FusedAttention, tl.AttentionRope, FusedAttentionRop
 
 ATTENTION_OPS = ("qkv_rope", "rope_attention", "linear")
 RULES = [
-    *_NORM_RULES,
+    refuse(tl.LayerNorm, LAYER_NORM_REASON),
+    refuse(tl.LayerNormFp32, LAYER_NORM_REASON),
+    Rule(tl.RmsNorm, FusedTimmRmsNorm, _norm_reasons, ("add_layer_norm",)),
+    Rule(tl.RmsNormFp32, FusedTimmRmsNormFp32, _norm_reasons, ("add_layer_norm",)),
     Rule(tl.Mlp, FusedMlp, _mlp_reasons, ("gelu_mlp",)),
     Rule(tl.GluMlp, FusedGluMlp, _mlp_reasons, ("swiglu_mlp",)),
     Rule(tl.SwiGLU, FusedSwiGLU, _mlp_reasons, ("swiglu_mlp",)),

@@ -14,7 +14,7 @@ from ._blocks import Halves
 
 
 class FusedDinov2WithRegistersAttention(hf.Dinov2WithRegistersAttention):
-    def forward(
+    def forward(  # type: ignore[override]
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         call = shared.Call(self, hidden_states, attention_mask, None, kwargs)

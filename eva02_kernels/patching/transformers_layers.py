@@ -37,7 +37,7 @@ def _inactive_recorder(hook: Any) -> bool:
 read.INERT_HOOKS.append(_inactive_recorder)
 
 
-def draw(module: nn.Module, x: Tensor) -> Tensor | None:
+def draw(module: Any, x: Tensor) -> Tensor | None:
     """Drop-path factors from the same draw as the models' DropPath: floor(rand + keep) / keep."""
     if not module.training or module.drop_prob == 0.0:
         return None
@@ -46,13 +46,13 @@ def draw(module: nn.Module, x: Tensor) -> Tensor | None:
     return (x.new_empty(shape).uniform_() + keep).floor().flatten().float() / keep
 
 
-def read_attention(module: nn.Module, why: read.Why) -> read.Attention | None:
+def read_attention(module: Any, why: read.Why) -> read.Attention | None:
     fine = [read.linear(getattr(module, n), n, why) for n in ("q_proj", "k_proj", "v_proj", "o_proj")]
     read.head_dim(module.head_dim, why)
     implementation = module.config._attn_implementation
     if implementation not in _ATTENTION:
         why.now.append(f"attention implementation {implementation!r}")
-    dropout = getattr(module, "dropout", None) or getattr(module, "attention_dropout", 0.0)
+    dropout: float = getattr(module, "dropout", 0.0) or getattr(module, "attention_dropout", 0.0)
     if module.training and dropout > 0.0:
         why.now.append(f"attention dropout is active (p={dropout:g}, training)")
     if why or not all(fine):
@@ -80,7 +80,7 @@ def attention_reasons(module: nn.Module) -> list[str]:
     return why.never
 
 
-def read_mlp(module: nn.Module, why: read.Why, names: tuple[str, str], act: str) -> read.Mlp | None:
+def read_mlp(module: Any, why: read.Why, names: tuple[str, str], act: str) -> read.Mlp | None:
     read.activation(getattr(module, act), act, "gelu", why)
     fine = [read.linear(getattr(module, n), n, why) for n in names]
     if why or not all(fine):
@@ -89,7 +89,7 @@ def read_mlp(module: nn.Module, why: read.Why, names: tuple[str, str], act: str)
     return read.Mlp(False, first.weight, first.bias, None, None, second.weight, second.bias, None)
 
 
-def read_gated_mlp(module: nn.Module, why: read.Why) -> read.Mlp | None:
+def read_gated_mlp(module: Any, why: read.Why) -> read.Mlp | None:
     read.activation(module.act_fn, "act_fn", "silu", why)
     fine = [read.linear(getattr(module, n), n, why) for n in ("gate_proj", "up_proj", "down_proj")]
     if why or not all(fine):
@@ -104,7 +104,7 @@ def mlp_reasons(module: nn.Module) -> list[str]:
     return why.never
 
 
-def run_mlp(module: nn.Module, x: Tensor, original: type[nn.Module]) -> Tensor:
+def run_mlp(module: nn.Module, x: Tensor, original: Any) -> Tensor:
     spec = read.MLPS[original](module, read.Why())
     return original.forward(module, x) if spec is None else run.mlp(x, spec)
 
@@ -135,9 +135,7 @@ class Call:
         self.kwargs["num_prefix_tokens"] = x.shape[1] - cos.shape[0]
 
 
-def run_attention(
-    module: nn.Module, x: Tensor, call: Call, original: type[nn.Module], **arguments: Any
-) -> tuple[Tensor, Tensor | None]:
+def run_attention(module: Any, x: Tensor, call: Call, original: Any, **arguments: Any) -> tuple[Tensor, Tensor | None]:
     """The attention module by itself; with ``eager`` attention it returns the weights, which we never have."""
     spec = read_attention(module, read.Why())
     if spec is None or not call.fine or module.config._attn_implementation == "eager":
@@ -145,7 +143,7 @@ def run_attention(
     return run.attention(x, spec, **call.kwargs), None
 
 
-def run_layer(layer: nn.Module, x: Tensor, call: Call, arguments: dict[str, Any]) -> Tensor:
+def run_layer(layer: Any, x: Tensor, call: Call, arguments: dict[str, Any]) -> Tensor:
     attention = layer.attention
     x = attention_half(
         x,
