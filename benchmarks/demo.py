@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import sys
 import time
@@ -27,6 +28,7 @@ from benchmarks.suites import run_case
 from eva02_kernels import add_layer_norm, masked_cosine_loss, reset_stats, stats, strict
 from eva02_kernels.bench import report
 from eva02_kernels.bench.machine import Roofline, warm_up_process
+from eva02_kernels.bench.measure import fresh_compiler
 from eva02_kernels.bench.rows import Config
 from eva02_kernels.bench.shapes import SHAPES, Shape
 
@@ -262,11 +264,13 @@ def measure(settings: Settings, *, quick: bool, threads: int) -> dict[str, Any]:
         planned.append(("model", lambda: ModelCase(SHAPES["tiny"]), 8))
     warm_up_process()
     roofline, rows, config = Roofline(), [], None
-    for suite, make, rounds in planned:
-        config = Config(suite, ("tiny",), providers=arms, threads=threads, rounds=rounds)
-        print(f"... timing {suite} {make().name}", flush=True)
-        rows.append(run_case(make(), config, roofline))
-        report.print_rows(rows[-1])
+    with contextlib.nullcontext() if quick else fresh_compiler():
+        for suite, make, rounds in planned:
+            config = Config(suite, ("tiny",), providers=arms, threads=threads, rounds=rounds)
+            case = make()
+            print(f"... timing {suite} {case.name}", flush=True)
+            rows.append(run_case(case, config, roofline))
+            report.print_rows(rows[-1])
     assert config is not None
     return report.document(config, [row for case in rows for row in case], roofline)
 

@@ -125,7 +125,7 @@ class BlockCase(ModelCase):
         from timm.layers import RotaryEmbeddingCat
 
         rope = RotaryEmbeddingCat(
-            self.shape.head_dim, in_pixels=False, feat_shape=self.shape.grid, ref_feat_shape=(16, 16)
+            self.shape.head_dim, in_pixels=False, feat_shape=list(self.shape.grid), ref_feat_shape=[16, 16]
         )
         return rope.get_embed()
 

@@ -96,7 +96,7 @@ def _prepare(p: Provider, case: ModelCase, train: bool, optimisers: _Optimisers,
         built = build(p, case)
         built.module.train(train)
         arm.call = _call(case, built, train, optimisers)
-        arm.first_call_s = round(first_call(arm.call, compiled=p.compiled), 4)
+        arm.first_call_s = round(first_call(arm.call), 4)
         if p.ours:
             arm.notes["backends"] = sorted({f"{op} {direction}: {name}" for op, direction, name in stats()})
         arm.gate = compare(_results(case, built, train=train), expected[1], expected[0])

@@ -42,15 +42,19 @@ def transformers(problem: Problem) -> Function:
     s = problem.shape
     if s.subln:
         raise Unsupported("has no SwiGLU with a LayerNorm on the hidden layer")
-    # The module rounds 2/3 of hidden_size * mlp_ratio up to a multiple of 8; both of its widths must be ours.
+    # The module rounds 2/3 of hidden_size * mlp_ratio up to a multiple of 8, which must be our width.
     mlp = Dinov2SwiGLUFFN(Dinov2Config(hidden_size=s.dim, mlp_ratio=4))
-    if mlp.weights_in.weight.shape[0] != 2 * s.hidden:
-        raise Unsupported(f"its hidden width is {mlp.weights_in.weight.shape[0] // 2}, not {s.hidden}")
-    names = {"weights_in.weight": "w_gate", "weights_in.bias": "b_gate", "weights_out.weight": "w_down",
-             "weights_out.bias": "b_down"}  # fmt: skip
+    if not hasattr(mlp, "gate_proj"):
+        raise Unsupported("this release's module has other weights; 5.x is known to fit")
+    if mlp.gate_proj.out_features != s.hidden:
+        raise Unsupported(f"its hidden width is {mlp.gate_proj.out_features}, not {s.hidden}")
 
     def run(**t: Tensor) -> Tensor:
         y = F.layer_norm(t["x"], (s.dim,), t["pre_w"], t["pre_b"], EPS)
-        return t["x"] + functional_call(mlp, {name: t[key] for name, key in names.items()}, (y,))
+        weights = {"down_proj.weight": t["w_down"], "down_proj.bias": t["b_down"]}
+        for kind in ("weight", "bias"):
+            gate, up = t[f"{kind[0]}_gate"].chunk(2)
+            weights |= {f"gate_proj.{kind}": gate, f"up_proj.{kind}": up}
+        return t["x"] + functional_call(mlp, weights, (y,))
 
     return run

@@ -196,34 +196,28 @@ def qkv_rope(s: Shape, draw: _Draw) -> dict[str, Any]:
     def rotated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         return rotate_patches(q, sin, cos), rotate_patches(k, sin, cos), v
 
-    if s.subln:
-        for name in "qkv":
-            draw.weight("w" + name, s.dim, s.dim)
+    names = ("wq", "wk", "wv") if s.subln else ("w",)
+    for name in names:
+        draw.weight(name, s.dim if s.subln else 3 * s.dim, s.dim)
 
-        def ours(x, norm_w, norm_b, bq, bv, wq, wk, wv):  # type: ignore[no-untyped-def]
-            pre_norm = (norm_w, norm_b, EPS)
-            return ek.qkv_rope(x, (wq, wk, wv), (bq, None, bv), table, num_heads=s.heads, pre_norm=pre_norm)
+    def weights(w: dict[str, Tensor]) -> Any:
+        return tuple(w[name] for name in names) if s.subln else w["w"]
 
-        def expression(x, norm_w, norm_b, bq, bv, wq, wk, wv):  # type: ignore[no-untyped-def]
-            y = F.layer_norm(x, (s.dim,), norm_w, norm_b, EPS)
-            return rotated(heads(F.linear(y, wq, bq)), heads(F.linear(y, wk)), heads(F.linear(y, wv, bv)))
+    def ours(x: Tensor, norm_w: Tensor, norm_b: Tensor, bq: Tensor, bv: Tensor, **w: Tensor) -> Tensor:
+        pre_norm = (norm_w, norm_b, EPS)
+        return ek.qkv_rope(x, weights(w), (bq, None, bv), table, num_heads=s.heads, pre_norm=pre_norm)
 
-        def weights(t: dict[str, Tensor]) -> Any:
-            return tuple(t["w" + n] for n in "qkv"), (t["bq"], None, t["bv"])
-    else:
-        draw.weight("w", 3 * s.dim, s.dim)
-
-        def ours(x, norm_w, norm_b, bq, bv, w):  # type: ignore[no-untyped-def]
-            pre_norm = (norm_w, norm_b, EPS)
-            return ek.qkv_rope(x, w, (bq, None, bv), table, num_heads=s.heads, pre_norm=pre_norm)
-
-        def expression(x, norm_w, norm_b, bq, bv, w):  # type: ignore[no-untyped-def]
-            y = F.layer_norm(x, (s.dim,), norm_w, norm_b, EPS)
-            qkv = F.linear(y, w, torch.cat((bq, k_bias.to(bq.dtype), bv)))
-            return rotated(*qkv.reshape(s.batch, s.tokens, 3, s.heads, -1).permute(2, 0, 3, 1, 4).unbind(0))
-
-        def weights(t: dict[str, Tensor]) -> Any:
-            return t["w"], (t["bq"], None, t["bv"])
+    def expression(
+        x: Tensor, norm_w: Tensor, norm_b: Tensor, bq: Tensor, bv: Tensor, **w: Tensor
+    ) -> tuple[Tensor, ...]:
+        y = F.layer_norm(x, (s.dim,), norm_w, norm_b, EPS)
+        if s.subln:
+            return rotated(
+                heads(F.linear(y, w["wq"], bq)), heads(F.linear(y, w["wk"])), heads(F.linear(y, w["wv"], bv))
+            )
+        qkv = F.linear(y, w["w"], torch.cat((bq, k_bias.to(bq.dtype), bv)))
+        q, k, v = qkv.reshape(s.batch, s.tokens, 3, s.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        return rotated(q, k, v)
 
     return {
         "ours": ours,
@@ -232,7 +226,7 @@ def qkv_rope(s: Shape, draw: _Draw) -> dict[str, Any]:
         # Attention hands gradients back token by token: the same values in that arrangement.
         "from_public": lambda g: tuple(part.contiguous().transpose(1, 2) for part in g.chunk(3, 2)),
         "canonical": lambda t: (
-            (t["x"], *weights(t), table),
+            (t["x"], weights(t), (t["bq"], None, t["bv"]), table),
             {"num_heads": s.heads, "pre_norm": (t["norm_w"], t["norm_b"], EPS)},
         ),
     }
@@ -298,33 +292,26 @@ def swiglu_mlp(s: Shape, draw: _Draw) -> dict[str, Any]:
         draw.weight("w_gate", s.hidden, s.dim), draw.bias("b_gate", s.hidden)
         draw.weight("w_up", s.hidden, s.dim), draw.bias("b_up", s.hidden)
         draw.norm("norm", s.hidden)
-
-        def ours(x, pre_w, pre_b, w_down, b_down, w_gate, b_gate, w_up, b_up, norm_w, norm_b):  # type: ignore[no-untyped-def]
-            return ek.swiglu_mlp(
-                x, w_gate, b_gate, w_up, b_up, w_down, b_down, norm_w, norm_b, EPS, pre_norm=(pre_w, pre_b, EPS),
-                residual=x,
-            )  # fmt: skip
-
-        def expression(x, pre_w, pre_b, w_down, b_down, w_gate, b_gate, w_up, b_up, norm_w, norm_b):  # type: ignore[no-untyped-def]
-            y = F.layer_norm(x, (s.dim,), pre_w, pre_b, EPS)
-            h = F.silu(F.linear(y, w_gate, b_gate)) * F.linear(y, w_up, b_up)
-            return x + F.linear(F.layer_norm(h, (s.hidden,), norm_w, norm_b, EPS), w_down, b_down)
-
-        names = ("x", "w_gate", "b_gate", "w_up", "b_up", "w_down", "b_down", "norm_w", "norm_b")
     else:
         draw.weight("w_gate", 2 * s.hidden, s.dim), draw.bias("b_gate", 2 * s.hidden)
+    names = ("x", "w_gate", "b_gate", "w_up", "b_up", "w_down", "b_down", "norm_w", "norm_b")
 
-        def ours(x, pre_w, pre_b, w_down, b_down, w_gate, b_gate):  # type: ignore[no-untyped-def]
-            return ek.swiglu_mlp(
-                x, w_gate, b_gate, None, None, w_down, b_down, pre_norm=(pre_w, pre_b, EPS), residual=x
-            )
+    def ours(pre_w: Tensor, pre_b: Tensor, **t: Tensor) -> Tensor:
+        args: list[Any] = [t.get(name) for name in names]
+        return ek.swiglu_mlp(*args, EPS, pre_norm=(pre_w, pre_b, EPS), residual=t["x"])
 
-        def expression(x, pre_w, pre_b, w_down, b_down, w_gate, b_gate):  # type: ignore[no-untyped-def]
-            y = F.layer_norm(x, (s.dim,), pre_w, pre_b, EPS)
+    def expression(
+        x: Tensor, pre_w: Tensor, pre_b: Tensor, w_down: Tensor, b_down: Tensor, w_gate: Tensor, b_gate: Tensor,
+        w_up: Tensor | None = None, b_up: Tensor | None = None, norm_w: Tensor | None = None,
+        norm_b: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        y = F.layer_norm(x, (s.dim,), pre_w, pre_b, EPS)
+        if w_up is None:
             gate, up = F.linear(y, w_gate, b_gate).chunk(2, -1)
             return x + F.linear(F.silu(gate) * up, w_down, b_down)
+        h = F.silu(F.linear(y, w_gate, b_gate)) * F.linear(y, w_up, b_up)
+        return x + F.linear(F.layer_norm(h, (s.hidden,), norm_w, norm_b, EPS), w_down, b_down)
 
-        names = ("x", "w_gate", "b_gate", "", "", "w_down", "b_down")
     return {
         "ours": ours,
         "expression": expression,

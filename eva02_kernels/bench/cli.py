@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import torch
 from eva02_kernels._registry import OP_NAMES
 from eva02_kernels.bench import report
 from eva02_kernels.bench.machine import Roofline, warm_up_process
+from eva02_kernels.bench.measure import fresh_compiler
 from eva02_kernels.bench.ops import MODES
-from eva02_kernels.bench.providers import provider_names
+from eva02_kernels.bench.providers import provider_names, providers
 from eva02_kernels.bench.rows import Config
 from eva02_kernels.bench.shapes import SHAPES, shape_named
 
@@ -129,10 +131,11 @@ def execute(config: Config, runner: Runner, *, roofline: bool = True) -> dict[st
         for _ in range(3):
             ceiling.sample()
     rows: list[dict[str, Any]] = []
-    cases: Iterator[list[dict[str, Any]]] = iter(runner(config, ceiling, progress_line))
-    for case in cases:
-        report.print_rows(case)
-        rows += case
+    compiles = any(p.compiled for p in providers(config.suite, names=list(config.providers)))
+    with fresh_compiler() if compiles else contextlib.nullcontext():
+        for case in runner(config, ceiling, progress_line):
+            report.print_rows(case)
+            rows += case
     doc = report.document(config, rows, ceiling)
     report.print_environment(doc["environment"], doc["roofline"])
     return doc

@@ -19,13 +19,17 @@ import eva02_kernels
 from eva02_kernels import _native
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("torch", "timm", "transformers", "triton", "liger_kernel", "xformers", "flash_attn")
+PACKAGES = ("timm", "transformers", "triton", "liger_kernel", "xformers", "flash_attn")
 ISA_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "amx_tile", "asimd", "sve")
 
 
 def versions() -> dict[str, str]:
     """Versions of what is compared; a package that is missing is left out."""
-    found = {"python": platform.python_version(), "eva02_kernels": eva02_kernels.__version__}
+    found = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "eva02_kernels": eva02_kernels.__version__,
+    }
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)

@@ -62,8 +62,9 @@ def results(
     named = {f"output {i}": o.detach() for i, o in enumerate(public)}
     if not backward:
         return named
-    own = [g.to(o.dtype) for g, o in zip(grads, public, strict=True)]
-    own = tuple(own) if ours else problem.from_public(*own)
+    own = tuple(g.to(o.dtype) for g, o in zip(grads, public, strict=True))
+    if not ours:
+        own = problem.from_public(*own)
     leaves = {name: t for name, t in tensors.items() if t.requires_grad}
     found = torch.autograd.grad(outputs, list(leaves.values()), own)
     return named | {f"gradient of {name}": g for name, g in zip(leaves, found, strict=True)}
@@ -135,7 +136,7 @@ def prepare(p: Provider, problem: Problem, mode: str, grads: Any, expected: Expe
     reset_stats()
     arm.call = call
     try:
-        arm.first_call_s = round(first_call(call, compiled=p.compiled), 5)
+        arm.first_call_s = round(first_call(call), 5)
         if p.ours:
             arm.notes["backends"] = sorted({f"{op} {direction}: {name}" for op, direction, name in stats()})
         _gate(arm, problem, function, mode, grads, expected)

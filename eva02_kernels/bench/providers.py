@@ -28,7 +28,7 @@ class Provider:
 
     name: str
     suites: tuple[str, ...]
-    build: Callable[[Any], Callable[..., Any]]
+    build: Callable[[Any], Any]
     op: str | None = None  # of one operator only
     baseline: bool = False
     ours: bool = False
@@ -46,10 +46,10 @@ def provider(
     baseline: bool = False,
     ours: bool = False,
     compiled: bool = False,
-) -> Callable[[Callable[[Any], Callable[..., Any]]], Callable[[Any], Callable[..., Any]]]:
+) -> Callable[[Callable[[Any], Any]], Callable[[Any], Any]]:
     """Register the decorated function as an arm of ``suites`` (of operator ``op``, where given)."""
 
-    def register(build: Callable[[Any], Callable[..., Any]]) -> Callable[[Any], Callable[..., Any]]:
+    def register(build: Callable[[Any], Any]) -> Callable[[Any], Any]:
         new = Provider(name, suites, build, op, baseline, ours, compiled)
         if any(p.name == name and p.op == op and set(p.suites) & set(suites) for p in _providers):
             raise ValueError(f"provider {name!r} is already registered for {op or suites}")
@@ -59,7 +59,7 @@ def provider(
     return register
 
 
-def unregister(build: Callable[[Any], Callable[..., Any]]) -> None:
+def unregister(build: Callable[[Any], Any]) -> None:
     """Take back what :func:`provider` registered."""
     _providers[:] = [p for p in _providers if p.build is not build]
 
@@ -85,7 +85,7 @@ def provider_names(suite: str) -> list[str]:
     return list(dict.fromkeys(p.name for p in _providers if any(s.split("/")[0] == suite for s in p.suites)))
 
 
-def build(arm: Provider, case: Any) -> Callable[..., Any]:
+def build(arm: Provider, case: Any) -> Any:
     """``arm.build(case)``; a package that is not installed is a reason like any other."""
     try:
         return arm.build(case)

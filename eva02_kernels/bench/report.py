@@ -173,8 +173,10 @@ def print_comparison(recorded: Sequence[Row], now: Sequence[Row], names: tuple[s
             continue
         times = [r["ms"] and r["ms"]["median"] if r else None for r in (old, new)]
         ratios = [r["ratio"] if r else None for r in (old, new)]
-        drift = number(times[0] / times[1]) if all(times) else (new or {}).get("status", "missing")
-        change = number(ratios[1]["median"] / ratios[0]["median"]) if all(ratios) else ""
+        before, after = times
+        drift = number(before / after) if before and after else (new or {}).get("status", "missing")
+        first, second = ratios
+        change = number(second["median"] / first["median"]) if first and second else ""
         lines.append([label, old["provider"], *map(number, times), drift, *map(with_spread, ratios), change])
     old_name, new_name = names
     header = ["case", "arm", f"ms {old_name}", f"ms {new_name}", "speed-up", f"x baseline {old_name}",

@@ -37,7 +37,8 @@ class Config:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Config:
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in record.items()})
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
+        return cls(**fields)
 
     def record(self) -> dict[str, Any]:
         return asdict(self)
@@ -135,9 +136,9 @@ def measure_rows(
         flops, bytes_moved: work of one call, for the roofline.
         items: images in one call.
     """
-    timed = {arm.name: arm for arm in arms if arm.status == OK}
+    timed = {arm.name: arm.call for arm in arms if arm.call is not None}
     seconds = interleave(
-        {name: arm.call for name, arm in timed.items()},
+        timed,
         config.rounds,
         min_sample_s=config.min_sample_ms / 1e3,
         seed=config.seed,
@@ -146,7 +147,8 @@ def measure_rows(
     baseline = next(a.name for a in arms if a.provider.baseline)
     again = baseline + AGAIN
     compiled = next((a.name for a in arms if a.provider.compiled and not a.provider.ours), None)
-    env, peaks = environment(), roofline.peaks() if roofline else {"fma_gflops": None, "copy_gbps": None}
+    env = environment()
+    peaks: dict[str, float | None] = roofline.peaks() if roofline else {"fma_gflops": None, "copy_gbps": None}
     noise = paired_ratio(seconds[baseline], seconds[again]) if {baseline, again} <= seconds.keys() else None
     rows = []
     for arm in arms:
@@ -174,7 +176,7 @@ def measure_rows(
             share, bound = share_of_roofline(median_s, flops, bytes_moved, peaks)
             row["roofline_share"], row["roofline_bound"] = share and round(share, 4), bound
             # After the clock has stopped: both disturb caches and the allocator.
-            row["peak_memory_bytes"] = peak_memory(arm.call)
+            row["peak_memory_bytes"] = peak_memory(timed[arm.name])
             if arm.saved is not None:
                 row["saved_bytes"] = arm.saved().bytes
         rows.append(row)
