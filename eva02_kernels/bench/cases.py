@@ -297,8 +297,8 @@ def swiglu_mlp(s: Shape, draw: _Draw) -> dict[str, Any]:
     names = ("x", "w_gate", "b_gate", "w_up", "b_up", "w_down", "b_down", "norm_w", "norm_b")
 
     def ours(pre_w: Tensor, pre_b: Tensor, **t: Tensor) -> Tensor:
-        args: list[Any] = [t.get(name) for name in names]
-        return ek.swiglu_mlp(*args, EPS, pre_norm=(pre_w, pre_b, EPS), residual=t["x"])
+        args: list[Any] = [*(t.get(name) for name in names), EPS]
+        return ek.swiglu_mlp(*args, pre_norm=(pre_w, pre_b, EPS), residual=t["x"])
 
     def expression(
         x: Tensor, pre_w: Tensor, pre_b: Tensor, w_down: Tensor, b_down: Tensor, w_gate: Tensor, b_gate: Tensor,
