@@ -217,10 +217,9 @@ EVA02_INLINE vf vexp(vf x) {
   return reinterpret_cast<vf>(
       _mm512_maskz_scalef_ps(in_range, reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(n)));
 #else
-  const vi e = reinterpret_cast<vi>(t) - 0x4b400000;  // the integer n
-  const vi half = e >> 1;                             // 2^n in two factors: n may be 128
-  const vf s1 = reinterpret_cast<vf>((half + 127) << 23), s2 = reinterpret_cast<vf>((e - half + 127) << 23);
-  const vf y = p * s1 * s2;
+  // The low bits of t are the integer n: shifted, they add to the exponent of p. A NaN's bits are no number to add to.
+  vf y = reinterpret_cast<vf>(reinterpret_cast<vi>(p) + (reinterpret_cast<vi>(t) << 23));
+  y = c * 0.f + y;
   return reinterpret_cast<vf>(reinterpret_cast<vi>(y) & ~reinterpret_cast<vi>(under));
 #endif
 }

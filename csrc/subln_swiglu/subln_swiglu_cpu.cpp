@@ -56,8 +56,8 @@ void subln_swiglu_bwd(const SublnSwigluBwdParams& p, const Runtime& runtime) {
   const RowChunks chunks(p.rows);
   Scratch partials(kParamGrads ? chunks.count * 2 * width : 0);
   runtime.parallel_for(0, chunks.count, chunks.grain(F), [&](int64_t begin, int64_t end) {
-    Scratch scratch(2 * width);
-    float *sig = scratch.data, *xhat = sig + width;
+    Scratch scratch(width);
+    float* sig = scratch.data;
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       float *dw = partials.data + chunk * 2 * width, *db = dw + width;
       if (kParamGrads) fill(dw, 2 * width, 0.f);
@@ -74,7 +74,6 @@ void subln_swiglu_bwd(const SublnSwigluBwdParams& p, const Runtime& runtime) {
           const vf s = vsigmoid(gate);
           const vf x = (gate * s * ld(u + i, part) - mean) * rstd;
           store(sig + i, s);
-          store(xhat + i, x);
           const vf d = dout * load(w + i);
           sum_d.add(d, a);
           sum_dx.add(d * x, a);
@@ -86,10 +85,11 @@ void subln_swiglu_bwd(const SublnSwigluBwdParams& p, const Runtime& runtime) {
         if (p.dgate == nullptr && p.dup == nullptr) continue;
         const float c1 = sum_d.total() / static_cast<float>(F), c2 = sum_dx.total() / static_cast<float>(F);
         columns(F, [&](int64_t i, auto part, int) EVA02_ALWAYS_INLINE {
-          const vf gate = ld(g + i, part), s = load(sig + i), silu = gate * s;
-          const vf dh = (ld(dy + i, part) * load(w + i) - c1 - load(xhat + i) * c2) * rstd;
+          const vf gate = ld(g + i, part), up = ld(u + i, part), s = load(sig + i), silu = gate * s;
+          const vf x = (silu * up - mean) * rstd;
+          const vf dh = (ld(dy + i, part) * load(w + i) - c1 - x * c2) * rstd;
           if (p.dup != nullptr) st(du + i, dh * silu, part);
-          if (p.dgate != nullptr) st(dg + i, dh * ld(u + i, part) * (s + silu * (1.f - s)), part);
+          if (p.dgate != nullptr) st(dg + i, dh * up * (s + silu * (1.f - s)), part);
         });
       }
     }
