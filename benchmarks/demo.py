@@ -46,9 +46,9 @@ class Settings:
     depth: int = 4
     mask_share: float = 0.4
     batch: int = 64
-    teacher_epochs: int = 30
-    mim_epochs: int = 30
-    finetune_epochs: int = 30
+    teacher_epochs: int = 20
+    mim_epochs: int = 25
+    finetune_epochs: int = 25
     train_images: int | None = None
 
     def options(self) -> dict[str, Any]:
@@ -293,7 +293,7 @@ def draw(outcome: Outcome, doc: dict[str, Any], out: Path) -> None:
     groups = [(f"{rows[0]['model']}\n{labels[rows[0]['suite']]}", rows) for rows in _by_case(doc["rows"])]
     names = _arms(doc["rows"])
     _bars(right, groups, "ratio", names)
-    right.legend(handles=[_patch(n, names) for n in names], fontsize=8, loc="lower right").set_zorder(5)
+    right.legend(handles=[_patch(n, names) for n in names], fontsize=8, ncols=2, loc="upper left", frameon=False)
     right.set_title("images per second over timm eager; red: timm a second time", fontsize=10)
     fig.savefig(out, dpi=150)
     plt.close(fig)

@@ -55,7 +55,9 @@ def _bars(ax: Any, groups: Sequence[tuple[str, list[Row]]], field: str, names: S
         again = next((r for r in rows if r["provider"].endswith(AGAIN)), None)
         if again is not None and again["ratio"]:
             band = again["ratio"]
-            ax.fill_between([x - 0.45, x + 0.45], band["p20"], band["p80"], color="#c0392b", alpha=0.25, linewidth=0)
+            ax.fill_between(
+                [x - 0.45, x + 0.45], band["p20"], band["p80"], color="#c0392b", alpha=0.3, linewidth=0, zorder=2.5
+            )
         for i, name in enumerate(names):
             row = by_name.get(name)
             at = x - 0.4 + (i + 0.5) * width
@@ -72,7 +74,7 @@ def _bars(ax: Any, groups: Sequence[tuple[str, list[Row]]], field: str, names: S
             ax.text(at, ratio["p80"] + 0.015, f"{ratio['median']:.2f}", ha="center", va="bottom", fontsize=8, zorder=4)
             top = max(top, ratio["p80"])
     ax.axhline(1.0, color="#222222", linewidth=0.8, zorder=1)
-    ax.set_ylim(0, 1.12 * top)
+    ax.set_ylim(0, 1.25 * top)  # room for the legend
     ax.set_xticks(range(len(groups)), [label for label, _ in groups])
 
 
@@ -86,7 +88,7 @@ def _by_case(rows: Sequence[Row]) -> list[list[Row]]:
 def _caption(docs: Sequence[dict[str, Any]]) -> str:
     env = docs[0]["environment"]
     return (
-        f"{env['cpu']}, {env['threads']} threads, {docs[0]['config']['dtype']}, torch {env['versions']['torch']}, "
+        f"{env['cpu']}, {env['threads']} thread{'s'[: env['threads'] > 1]}, {docs[0]['config']['dtype']}, torch {env['versions']['torch']}, "
         f"timm {env['versions'].get('timm', 'not installed')}; bars: median of the ratios within a round, "
         "lines p20-p80; red band: the baseline measured a second time"
     )
@@ -110,7 +112,7 @@ def plot_models(docs: Sequence[dict[str, Any]], out: Path) -> None:
         left.set_ylabel(f"{WHAT[timed[0]['suite']]}: speed over {baseline}")
         left.set_title(f"over {baseline} eager", fontsize=10)
         if names:
-            left.legend(handles=[_patch(n, names) for n in names], fontsize=8, ncols=2, loc="lower right").set_zorder(5)
+            left.legend(handles=[_patch(n, names) for n in names], fontsize=8, ncols=4, loc="upper left", frameon=False)
         compiled = next((n for n in names if n in ("timm+compile", "compile")), None)
         if compiled is None:
             right.set_axis_off()
