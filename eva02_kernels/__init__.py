@@ -23,6 +23,9 @@ from eva02_kernels.ops.swiglu_mlp import swiglu_mlp
 from eva02_kernels.patching import PatchReport, Rule, patch, unpatch
 from eva02_kernels.rope import RopeTable, rope_2d
 
+# After the operators, which it is made of.
+from eva02_kernels import nn  # isort: skip
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -38,6 +41,7 @@ __all__ = [
     "linear",
     "mask_tokens",
     "masked_cosine_loss",
+    "nn",
     "patch",
     "qkv_rope",
     "ragged_index",

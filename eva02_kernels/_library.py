@@ -76,6 +76,29 @@ def scatter_grads(grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor
     return [next(it) if need else None for need in needs]
 
 
+def save_inputs(ctx: Any, kept: Sequence[Tensor | None], inputs: Sequence[Any]) -> None:
+    """Keep ``kept`` and every input for :func:`input_gradients`."""
+    ctx.num_kept = len(kept)
+    ctx.is_tensor = [isinstance(t, Tensor) for t in inputs]
+    ctx.constants = [None if isinstance(t, Tensor) else t for t in inputs]
+    ctx.save_for_backward(*kept, *(t for t in inputs if isinstance(t, Tensor)))
+
+
+def input_gradients(
+    ctx: Any, op: Callable[..., list[Tensor]], dout: Tensor, places: Sequence[int]
+) -> list[Tensor | None]:
+    """A gradient or None for every input: ``op(dout, *kept, *inputs, needs, backend)``, ``needs`` for ``places``."""
+    saved = ctx.saved_tensors  # read once: activation checkpointing computes again at every reading
+    tensors = iter(saved[ctx.num_kept :])
+    inputs = [next(tensors) if is_t else c for is_t, c in zip(ctx.is_tensor, ctx.constants, strict=True)]
+    needs = [ctx.needs_input_grad[i] for i in places]
+    grads = op(dout, *saved[: ctx.num_kept], *inputs, needs, ctx.backend)
+    result: list[Tensor | None] = [None] * len(inputs)
+    for place, g in zip(places, scatter_grads(grads, needs), strict=True):
+        result[place] = g
+    return result
+
+
 def eager_gradients(
     reference: Callable[..., Any],
     args: tuple[Any, ...],

@@ -9,6 +9,7 @@ import torch
 
 from eva02_kernels import _native
 
+
 @contextlib.contextmanager
 def cpu_isa(name: str) -> Iterator[None]:
     """Inside, the CPU kernels use the named instruction set (``baseline``, ``avx2``, ``avx512``)."""

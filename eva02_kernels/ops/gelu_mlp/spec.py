@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eva02_kernels._library import define, eager_gradients
+from eva02_kernels._library import define, eager_gradients, input_gradients
 from eva02_kernels._registry import OpSpec, Sample
 from eva02_kernels.ops._common import (
     autocast,
@@ -26,7 +26,7 @@ from eva02_kernels.ops._common import (
 )
 from eva02_kernels.ops.add_layer_norm.spec import check_scales
 from eva02_kernels.ops.gelu_mlp import native
-from eva02_kernels.ops.swiglu_mlp.spec import check_residual, mlp_backward, save_mlp
+from eva02_kernels.ops.swiglu_mlp.spec import check_residual, save_mlp
 
 _INPUTS_SCHEMA = (
     "Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? pre_weight, Tensor? pre_bias, float pre_eps, "
@@ -98,8 +98,8 @@ def _fake_bwd(dout: Tensor, *args: Any) -> list[Tensor]:
     return [inputs[i].new_empty(inputs[i].shape) for i, need in zip(_PLACES, needs, strict=True) if need]
 
 
-def _backward(ctx: Any, dout: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-    return mlp_backward(ctx, dout, torch.ops.eva02_kernels.gelu_mlp_bwd.default, _PLACES)
+def _backward(ctx: Any, dout: Tensor, *_: None) -> list[Tensor | None]:
+    return input_gradients(ctx, torch.ops.eva02_kernels.gelu_mlp_bwd.default, dout, _PLACES)
 
 
 def _samples() -> list[Sample]:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eva02_kernels._library import define, eager_gradients, scatter_grads
+from eva02_kernels._library import define, eager_gradients, input_gradients, save_inputs
 from eva02_kernels._registry import OpSpec, Sample
 from eva02_kernels.ops._common import (
     autocast,
@@ -28,6 +28,7 @@ from eva02_kernels.rope import NUM_ROPE_ARGS, ROPE_SCHEMA, RopeArgs, RopeTable, 
 
 _ROPE = slice(native.NUM_PARAMETERS + 2, native.NUM_PARAMETERS + 2 + NUM_ROPE_ARGS)
 _COS_SIN = (1 + _ROPE.start, 2 + _ROPE.start)  # places among the forward arguments, of which x is the first
+_PLACES = (*range(9), *_COS_SIN)
 _INPUTS_SCHEMA = (
     "Tensor x, Tensor wq, Tensor? wk, Tensor? wv, Tensor? bq, Tensor? bk, Tensor? bv, Tensor? pre_weight, "
     f"Tensor? pre_bias, float pre_eps, bool pre_norm, {ROPE_SCHEMA}, int num_heads, int num_kv_heads"
@@ -122,7 +123,7 @@ def _eager_fwd(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _eager_bwd(dqkv: Tensor, mean: Tensor, rstd: Tensor, qkv: Tensor | None, *args: Any) -> list[Tensor]:
     *inputs, needs = args
-    return eager_gradients(_reference, tuple(inputs), (*range(9), *_COS_SIN), needs, [dqkv])
+    return eager_gradients(_reference, tuple(inputs), _PLACES, needs, [dqkv])
 
 
 def _fake_fwd(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -144,22 +145,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.mark_non_differentiable(mean, rstd)
     cos, sin = (inputs[i] for i in _COS_SIN)
     table_trains = cos is not None and (cos.requires_grad or sin.requires_grad)
-    ctx.is_tensor = [isinstance(t, Tensor) for t in inputs]
-    ctx.constants = [None if isinstance(t, Tensor) else t for t in inputs]
-    ctx.save_for_backward(mean, rstd, qkv if table_trains else None, *(t for t in inputs if isinstance(t, Tensor)))
+    save_inputs(ctx, (mean, rstd, qkv if table_trains else None), inputs)
 
 
-def _backward(ctx: Any, dqkv: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-    mean, rstd, qkv, *tensors = ctx.saved_tensors
-    it = iter(tensors)
-    inputs = [next(it) if is_t else c for is_t, c in zip(ctx.is_tensor, ctx.constants, strict=True)]
-    places = (*range(9), *_COS_SIN)
-    needs = [ctx.needs_input_grad[i] for i in places]
-    grads = torch.ops.eva02_kernels.qkv_rope_bwd.default(dqkv, mean, rstd, qkv, *inputs, needs, ctx.backend)
-    result: list[Tensor | None] = [None] * len(inputs)
-    for place, g in zip(places, scatter_grads(grads, needs), strict=True):
-        result[place] = g
-    return tuple(result)
+def _backward(ctx: Any, dqkv: Tensor, *_: None) -> list[Tensor | None]:
+    return input_gradients(ctx, torch.ops.eva02_kernels.qkv_rope_bwd.default, dqkv, _PLACES)
 
 
 def _samples() -> list[Sample]:

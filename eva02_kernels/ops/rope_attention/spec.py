@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eva02_kernels._library import define, scatter_grads
+from eva02_kernels._library import define, input_gradients, save_inputs
 from eva02_kernels._registry import OpSpec, Sample
 from eva02_kernels.ops._common import (
     autocast,
@@ -27,7 +27,7 @@ ATTENTION_SCHEMA = (
 )
 # Places of the differentiable ones among ATTENTION_SCHEMA's arguments: cos, sin, q_norm, k_norm.
 DIFFERENTIABLE = (0, 1, 12, 13)
-NUM_ATTENTION_ARGS = 15
+_PLACES = (0, 1, 2, *(3 + i for i in DIFFERENTIABLE))
 
 
 def canonical_attention(
@@ -129,35 +129,13 @@ def _fake_bwd(dout: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: T
     return [t.new_empty(t.shape) for t, need in zip(inputs, needs, strict=True) if need]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    save_attention(ctx, inputs, output, 3)
-
-
-def save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor], first: int) -> None:
-    """Keep out, lse and the inputs; ``first`` arguments come before those of ATTENTION_SCHEMA."""
+def save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(output[1])
-    ctx.is_tensor = [isinstance(t, Tensor) for t in inputs]
-    ctx.constants = [None if isinstance(t, Tensor) else t for t in inputs]
-    ctx.first = first
-    ctx.save_for_backward(*output, *(t for t in inputs if isinstance(t, Tensor)))
+    save_inputs(ctx, output, inputs)
 
 
-def attention_backward(ctx: Any, dout: Tensor, op: Any, before: tuple[int, ...]) -> tuple[Tensor | None, ...]:
-    """Gradients for every forward argument; ``before``: the differentiable arguments before ATTENTION_SCHEMA's."""
-    out, lse, *tensors = ctx.saved_tensors
-    it = iter(tensors)
-    inputs = [next(it) if is_t else c for is_t, c in zip(ctx.is_tensor, ctx.constants, strict=True)]
-    places = (*before, *(ctx.first + i for i in DIFFERENTIABLE))
-    needs = [ctx.needs_input_grad[i] for i in places]
-    grads = op(dout, out, lse, *inputs, needs, ctx.backend)
-    result: list[Tensor | None] = [None] * len(inputs)
-    for place, g in zip(places, scatter_grads(grads, needs), strict=True):
-        result[place] = g
-    return tuple(result)
-
-
-def _backward(ctx: Any, dout: Tensor, dlse: None) -> tuple[Tensor | None, ...]:
-    return attention_backward(ctx, dout, torch.ops.eva02_kernels.rope_attention_bwd.default, (0, 1, 2))
+def _backward(ctx: Any, dout: Tensor, dlse: None) -> list[Tensor | None]:
+    return input_gradients(ctx, torch.ops.eva02_kernels.rope_attention_bwd.default, dout, _PLACES)
 
 
 def attention_inputs(
@@ -288,7 +266,7 @@ SPEC = define(
         reference=attention_with_lse_ref,
         fake_fwd=lambda q, *args: fake_attention(q),
         fake_bwd=_fake_bwd,
-        setup_context=_setup_context,
+        setup_context=save_attention,
         backward=_backward,
         backends=(
             cpu_backend(native.fwd, native.bwd, native.unsupported, error_multiple=native.ERROR_MULTIPLE),
@@ -296,7 +274,7 @@ SPEC = define(
                 attention_with_lse_ref,
                 reference_backward(
                     rope_attention_ref,
-                    (0, 1, 2, *(3 + i for i in DIFFERENTIABLE)),
+                    _PLACES,
                     lambda dout, out, lse, *args: ([dout], args[:-1], args[-1]),
                 ),
             ),

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eva02_kernels._library import define
+from eva02_kernels._library import define, input_gradients
 from eva02_kernels._registry import OpSpec, Sample
 from eva02_kernels.ops._common import (
     autocast,
@@ -24,7 +24,6 @@ from eva02_kernels.ops.rope_attention.reference import (
 from eva02_kernels.ops.rope_attention.spec import (
     ATTENTION_SCHEMA,
     DIFFERENTIABLE,
-    attention_backward,
     attention_bytes,
     attention_cases,
     attention_flops,
@@ -34,6 +33,8 @@ from eva02_kernels.ops.rope_attention.spec import (
     save_attention,
 )
 from eva02_kernels.rope import RopeTable
+
+_PLACES = (0, *(2 + i for i in DIFFERENTIABLE))
 
 
 def _canonical(
@@ -65,8 +66,8 @@ def _fake_bwd(dout: Tensor, out: Tensor, lse: Tensor, qkv: Tensor, num_kv_heads:
     return [t.new_empty(t.shape) for t, need in zip(inputs, needs, strict=True) if need]
 
 
-def _backward(ctx: Any, dout: Tensor, dlse: None) -> tuple[Tensor | None, ...]:
-    return attention_backward(ctx, dout, torch.ops.eva02_kernels.rope_attention_packed_bwd.default, (0,))
+def _backward(ctx: Any, dout: Tensor, dlse: None) -> list[Tensor | None]:
+    return input_gradients(ctx, torch.ops.eva02_kernels.rope_attention_packed_bwd.default, dout, _PLACES)
 
 
 def _samples() -> list[Sample]:
@@ -96,7 +97,7 @@ SPEC = define(
         reference=_reference,
         fake_fwd=lambda qkv, num_kv_heads, *args: fake_attention(split_packed(qkv, num_kv_heads)[0]),
         fake_bwd=_fake_bwd,
-        setup_context=lambda ctx, inputs, output: save_attention(ctx, inputs, output, 2),
+        setup_context=save_attention,
         backward=_backward,
         backends=(
             cpu_backend(native.fwd_packed, native.bwd_packed, native.unsupported, error_multiple=native.ERROR_MULTIPLE),
@@ -104,7 +105,7 @@ SPEC = define(
                 _reference,
                 reference_backward(
                     rope_attention_packed_ref,
-                    (0, *(2 + i for i in DIFFERENTIABLE)),
+                    _PLACES,
                     lambda dout, out, lse, *args: ([dout], args[:-1], args[-1]),
                 ),
             ),

@@ -14,9 +14,9 @@ from eva02_kernels.ops._common import (
     check_parameter,
     cpu_backend,
     eager_backend,
-    reference_backward,
     empty_stats,
     num_rows,
+    reference_backward,
     statistics,
 )
 from eva02_kernels.ops.subln_swiglu import native

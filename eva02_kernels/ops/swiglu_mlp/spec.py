@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eva02_kernels._library import define, eager_gradients, scatter_grads
+from eva02_kernels._library import define, eager_gradients, input_gradients, save_inputs
 from eva02_kernels._registry import OpSpec, Sample
 from eva02_kernels.ops._common import (
     autocast,
@@ -140,27 +140,11 @@ def save_mlp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> N
     """Keep every output but the first, and the inputs."""
     _, *kept = output
     ctx.mark_non_differentiable(*kept)
-    ctx.num_kept = len(kept)
-    ctx.is_tensor = [isinstance(t, Tensor) for t in inputs]
-    ctx.constants = [None if isinstance(t, Tensor) else t for t in inputs]
-    ctx.save_for_backward(*kept, *(t for t in inputs if isinstance(t, Tensor)))
+    save_inputs(ctx, kept, inputs)
 
 
-def mlp_backward(ctx: Any, dout: Tensor, op: Any, places: tuple[int, ...]) -> tuple[Tensor | None, ...]:
-    """Gradients for every forward argument of an operator saved by :func:`save_mlp`."""
-    saved = ctx.saved_tensors  # read once: checkpointing unpacks a tensor a single time
-    kept, tensors = saved[: ctx.num_kept], iter(saved[ctx.num_kept :])
-    inputs = [next(tensors) if is_t else c for is_t, c in zip(ctx.is_tensor, ctx.constants, strict=True)]
-    needs = [ctx.needs_input_grad[i] for i in places]
-    grads = op(dout, *kept, *inputs, needs, ctx.backend)
-    result: list[Tensor | None] = [None] * len(inputs)
-    for place, g in zip(places, scatter_grads(grads, needs), strict=True):
-        result[place] = g
-    return tuple(result)
-
-
-def _backward(ctx: Any, dout: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-    return mlp_backward(ctx, dout, torch.ops.eva02_kernels.swiglu_mlp_bwd.default, _PLACES)
+def _backward(ctx: Any, dout: Tensor, *_: None) -> list[Tensor | None]:
+    return input_gradients(ctx, torch.ops.eva02_kernels.swiglu_mlp_bwd.default, dout, _PLACES)
 
 
 def _samples() -> list[Sample]:
