@@ -24,12 +24,9 @@ def define(spec: OpSpec) -> OpSpec:
     _library.impl(bwd, _implementation(spec, "bwd"), "CompositeExplicitAutograd")
     torch.library.register_fake(f"eva02_kernels::{fwd}", lambda *args: spec.fake_fwd(*args[:-1]), lib=_library)
     torch.library.register_fake(f"eva02_kernels::{bwd}", lambda *args: spec.fake_bwd(*args[:-1]), lib=_library)
-    torch.library.register_autograd(
-        f"eva02_kernels::{fwd}", _backward(spec), setup_context=_setup_context(spec), lib=_library
-    )
-    torch.library.register_autograd(
-        f"eva02_kernels::{bwd}", _refuse_second_derivative(spec.name), setup_context=_no_context, lib=_library
-    )
+    _library.impl(fwd, _autograd(spec, getattr(torch.ops.eva02_kernels, fwd).default), "Autograd", with_keyset=True)
+    op = getattr(torch.ops.eva02_kernels, bwd).default
+    _library.impl(bwd, _refuse_second_derivative(spec.name, op), "Autograd", with_keyset=True)
     return _registry.register(spec)
 
 
@@ -41,33 +38,57 @@ def _implementation(spec: OpSpec, direction: str) -> Callable[..., Any]:
     return implementation
 
 
-def _setup_context(spec: OpSpec) -> Callable[..., None]:
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def _autograd(spec: OpSpec, op: Any) -> Callable[..., Any]:
+    """The forward operator's kernel for the autograd keys.
+
+    It does what ``torch.library.register_autograd`` does, without that function's search for schema defaults (ours have
+    none), which costs 100 us a call at these argument counts: as much as the rest of a small block.
+    """
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        *inputs, keyset = args
+        with torch._C._AutoDispatchBelowAutograd():
+            output = op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
         ctx.set_materialize_grads(False)  # statistics have no gradient: no zeros are allocated for them
-        ctx.backend = inputs[-1]
-        spec.setup_context(ctx, inputs[:-1], output)
+        ctx.backend = inputs.pop()
+        spec.setup_context(ctx, tuple(inputs), output)
+        return output
 
-    return setup_context
-
-
-def _backward(spec: OpSpec) -> Callable[..., Any]:
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         if all(g is None for g in grads):
             return (None,) * len(ctx.needs_input_grad)
-        return (*spec.backward(ctx, *grads), None)
+        return (*spec.backward(ctx, *grads), None, None)  # backend and keyset
 
-    return backward
-
-
-def _no_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    pass
+    return _autograd_kernel(op, forward, backward)
 
 
-def _refuse_second_derivative(name: str) -> Callable[..., Any]:
+def _refuse_second_derivative(name: str, op: Any) -> Callable[..., Any]:
+    """The backward operator's kernel for the autograd keys: its outputs can be had, but not differentiated."""
+
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        *inputs, keyset = args
+        with torch._C._AutoDispatchBelowAutograd():
+            return tuple(op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs))
+
     def backward(ctx: Any, *grads: Any) -> Any:
         raise NotImplementedError(f'second derivatives of {name}: use backend="eager"')
 
-    return backward
+    kernel = _autograd_kernel(op, forward, backward)
+    return lambda keyset, *args: list(kernel(keyset, *args))
+
+
+def _autograd_kernel(op: Any, forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:
+    function = type(
+        op.name(), (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    )
+
+    def kernel(keyset: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return function.apply(*args, keyset)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    return kernel
 
 
 def scatter_grads(grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:

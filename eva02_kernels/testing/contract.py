@@ -160,7 +160,7 @@ def check_accuracy(op: str, sample: Sample, dtype: torch.dtype, backend: str, **
                 expected,
                 errors,
                 name=f"{op} {sample.id} {kind} {name}",
-                # A float32 loss of 16-bit inputs is judged as float32; a float32 gradient passes through saved values in
+                # A float32 loss of 16-bit inputs is judged as float32; a float32 gradient goes through saved values of
                 # the tested dtype.
                 dtype=value.dtype if kind == "outputs" else dtype,
                 floor=floor,

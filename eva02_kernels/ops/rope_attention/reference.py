@@ -15,7 +15,7 @@ def attention_with_lse_ref(
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale * rotate(q) . rotate(k)) v and the logarithm of the softmax's denominator.
 
-    Everything up to the output is at least float32. Packed sequences become one sequence whose tokens attend to their own.
+    Everything up to the output is at least float32. Packed sequences become one, whose tokens attend to their own.
     """
     rope = RopeArgs(*args[:NUM_ROPE_ARGS])  # type: ignore[arg-type]
     key_padding_mask, cu_seqlens, _, causal, scale, q_norm, k_norm, norm_eps = args[NUM_ROPE_ARGS:]

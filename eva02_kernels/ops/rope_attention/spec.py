@@ -244,7 +244,7 @@ def attention_bytes(q: Tensor, num_kv_heads: int) -> tuple[int, int]:
 
 
 def attention_flops(q: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int]:
-    """Two matrix products forward, five backward; packed sequences are not counted (their lengths are on the device)."""
+    """Two matrix products forward, five backward; not counted for packed sequences (lengths are on the device)."""
     if cu_seqlens is not None:
         return 0, 0
     batch, tokens, heads, d = q.shape
