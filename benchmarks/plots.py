@@ -87,8 +87,9 @@ def _by_case(rows: Sequence[Row]) -> list[list[Row]]:
 
 def _caption(docs: Sequence[dict[str, Any]]) -> str:
     env = docs[0]["environment"]
+    threads = f"{env['threads']} thread{'s' if env['threads'] > 1 else ''}"
     return (
-        f"{env['cpu']}, {env['threads']} thread{'s'[: env['threads'] > 1]}, {docs[0]['config']['dtype']}, torch {env['versions']['torch']}, "
+        f"{env['cpu']}, {threads}, {docs[0]['config']['dtype']}, torch {env['versions']['torch']}, "
         f"timm {env['versions'].get('timm', 'not installed')}; bars: median of the ratios within a round, "
         "lines p20-p80; red band: the baseline measured a second time"
     )
