@@ -330,12 +330,17 @@ void weight_gradient(const Runtime& runtime, int64_t rows, int64_t n, int64_t k,
         pack_columns<kMR>(dy, c0, columns, n, dy0, rows, dst);
         if (column_sums == nullptr) return;
         for (int64_t i = 0; i < columns; ++i) {
-          float sum[4] = {};
-          int64_t r = 0;
-          for (; r + 4 <= rows; r += 4)
-            for (int j = 0; j < 4; ++j) sum[j] += dst[(r + j) * kMR + i];
-          for (; r < rows; ++r) sum[0] += dst[r * kMR + i];
-          column_sums[c0 + i] += sum[0] + sum[1] + (sum[2] + sum[3]);
+          // In blocks of 64: mean pooling makes rows equal, and one long sum of them rounds the same way each time.
+          float total = 0.f;
+          for (int64_t r = 0; r < rows;) {
+            float sum[4] = {};
+            const int64_t end = min64(rows, r + 64);
+            for (; r + 4 <= end; r += 4)
+              for (int j = 0; j < 4; ++j) sum[j] += dst[(r + j) * kMR + i];
+            for (; r < end; ++r) sum[0] += dst[r * kMR + i];
+            total += sum[0] + sum[1] + (sum[2] + sum[3]);
+          }
+          column_sums[c0 + i] += total;
         }
       },
       ColumnPanels<SourceX>{x, x0, k}, epilogue);
