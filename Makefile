@@ -48,6 +48,7 @@ lint: install
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp')
+	$(PYTHON) -m mypy
 
 bench: install
 	$(PYTHON) -m benchmarks.run --suite ops

@@ -271,7 +271,9 @@ def _to_timm_names(state: State, strict_rope: bool, report: LoadReport, problems
         return {}
     report.layout = layout
     renamed: State = {}
-    wrong_tables, wrong_error, key_biases = [], 0.0, []
+    wrong_tables: list[str] = []
+    key_biases: list[str] = []
+    wrong_error = 0.0
     for key, value in state.items():
         if _is_rope(key):
             error = rope_table_error(key, value) if layout == "mmpretrain" else None

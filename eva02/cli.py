@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -123,7 +123,9 @@ def _info(args: argparse.Namespace) -> None:
         return
     print(f"{'model':30} {'parameters':>12} {'image':>9} {'patch':>6}   dim depth heads hidden head")
     for row in rows:
-        image, patch = ("x".join(map(str, row[key])) for key in ("img_size", "patch_size"))
+        image, patch = (
+            "x".join(str(n) for n in cast("tuple[int, int]", row[key])) for key in ("img_size", "patch_size")
+        )
         print(
             f"{row['name']:30} {row['params']:12,} {image:>9} {patch:>6} {row['embed_dim']:5} {row['depth']:5} "
             f"{row['num_heads']:5} {row['hidden']:6} {row['head'] or '-'}"

@@ -78,7 +78,7 @@ def _refuse_second_derivative(name: str, op: Any) -> Callable[..., Any]:
 
 
 def _autograd_kernel(op: Any, forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:
-    function = type(
+    function: Any = type(
         op.name(), (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     )
 

@@ -69,7 +69,7 @@ def padded(n: int) -> int:
 
 
 # ---- autocast -------------------------------------------------------------------------------------------------------
-def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Activations and GEMM weights in the autocast dtype, where autocast is on for their device (float64 stays).
 
     Tables, norm weights, statistics, masks and layer scales are not passed here and are never cast.

@@ -150,6 +150,8 @@ def check_accuracy(op: str, sample: Sample, dtype: torch.dtype, backend: str, **
     inputs = cast(make(sample, dtype), None)
     before = {k: t.detach().clone() for k, t in inputs.leaves.items()}
     result = run(op, inputs, backend=backend, **run_options)
+    implementation = get_spec(op).backend(backend)
+    assert implementation is not None
     exact = _reference(op, sample.id, dtype, 0)[0]
     for kind in ("outputs", "grads"):
         for name, value in getattr(result, kind).items():
@@ -164,7 +166,7 @@ def check_accuracy(op: str, sample: Sample, dtype: torch.dtype, backend: str, **
                 # the tested dtype.
                 dtype=value.dtype if kind == "outputs" else dtype,
                 floor=floor,
-                multiple=get_spec(op).backend(backend).error_multiple,
+                multiple=implementation.error_multiple,
             )
     for name, t in inputs.leaves.items():
         if not torch.equal(t.detach(), before[name]):

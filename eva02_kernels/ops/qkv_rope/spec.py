@@ -67,7 +67,7 @@ def _canonical(
         kv_heads,
     )
     split = not isinstance(weight, Tensor)
-    weights = tuple(weight) if split else (weight, None, None)
+    weights: Any = tuple(weight) if split else (weight, None, None)
     check(len(weights) == 3, "weight", "a tensor or (wq, wk, wv)", f"{len(weights)} tensors")
     biases = tuple(bias) if isinstance(bias, (tuple, list)) else (bias, None, None)
     check(len(biases) == 3, "bias", "None, a tensor or (bq, bk, bv)", f"{len(biases)} tensors")
@@ -161,7 +161,9 @@ def _samples() -> list[Sample]:
                 return torch.randn(*s, generator=generator).to(dtype)
 
             (q, _, _), attention = attention_inputs(dtype, generator, **case)
-            kwargs = {n: attention[n] for n in ("rope", "num_prefix_tokens", "keep_idx") if n in attention}
+            kwargs: dict[str, Any] = {
+                n: attention[n] for n in ("rope", "num_prefix_tokens", "keep_idx") if n in attention
+            }
             batch, tokens, heads, d = q.shape
             kv_heads = kv or heads
             weights = [randn(n * d, width) * width**-0.5 for n in (heads, kv_heads, kv_heads)]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,13 +13,13 @@ def attention_with_lse_ref(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    *args: object,
+    *args: Any,
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale * rotate(q) . rotate(k)) v and the logarithm of the softmax's denominator.
 
     Everything up to the output is at least float32. Packed sequences become one, whose tokens attend to their own.
     """
-    rope = RopeArgs(*args[:NUM_ROPE_ARGS])  # type: ignore[arg-type]
+    rope = RopeArgs(*args[:NUM_ROPE_ARGS])
     key_padding_mask, cu_seqlens, _, causal, scale, q_norm, k_norm, norm_eps = args[NUM_ROPE_ARGS:]
     dtype = v.dtype
     wide = torch.promote_types(dtype, torch.float32)
@@ -60,7 +62,7 @@ def attention_with_lse_ref(
     return (out[0], lse[0]) if packed else (out, lse)
 
 
-def rope_attention_ref(q: Tensor, k: Tensor, v: Tensor, *args: object) -> Tensor:
+def rope_attention_ref(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> Tensor:
     return attention_with_lse_ref(q, k, v, *args)[0]
 
 
@@ -70,5 +72,5 @@ def split_packed(qkv: Tensor, num_kv_heads: int) -> tuple[Tensor, Tensor, Tensor
     return qkv.split([num_heads, num_kv_heads, num_kv_heads], dim=-2)
 
 
-def rope_attention_packed_ref(qkv: Tensor, num_kv_heads: int, *args: object) -> Tensor:
+def rope_attention_packed_ref(qkv: Tensor, num_kv_heads: int, *args: Any) -> Tensor:
     return rope_attention_ref(*split_packed(qkv, num_kv_heads), *args)

@@ -162,7 +162,7 @@ def attention_inputs(
     kwargs: dict[str, Any] = {"num_prefix_tokens": prefix, "causal": causal}
     if seqlens is not None:
         lengths = [prefix + h * w for h, w in seqlens]
-        lead = (sum(lengths),)
+        lead: tuple[int, ...] = (sum(lengths),)
         kwargs["cu_seqlens"] = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
         kwargs["max_seqlen"] = max(lengths)
     else:

@@ -35,7 +35,7 @@ def _fake_fwd(gate: Tensor, up: Tensor | None) -> Tensor:
 
 
 def _fake_bwd(dout: Tensor, gate: Tensor, up: Tensor | None, needs: list[bool]) -> list[Tensor]:
-    return [t.new_empty(t.shape) for t, need in zip((gate, up), needs, strict=True) if need]
+    return [t.new_empty(t.shape) for t, need in zip((gate, up), needs, strict=True) if need and t is not None]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -169,6 +169,9 @@ def _samples() -> list[Sample]:
                 return 1 + 0.1 * randn(n), 0.1 * randn(n)
 
             x = 0.5 + randn(*lead, width)
+            w_up: Any
+            b_gate: Any
+            b_up: Any
             w_gate, w_up = (randn(hidden, width) * width**-0.5 for _ in range(2))
             b_gate, b_up = (randn(hidden) if bias else None for _ in range(2))
             w_down, b_down = randn(width, hidden) * hidden**-0.5, randn(width) if bias else None
