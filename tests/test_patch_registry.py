@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from pathlib import Path
 
 import patch_registry as registry
 import pytest
@@ -99,3 +100,9 @@ def check_numbers(original: nn.Module, patched: nn.Module, x: Tensor) -> None:
         yardstick = Error(max(e.max for e in errors), max(e.rms for e in errors))
         for o, e in zip(ours, exact, strict=False):
             assert_accurate(o[key], e[key], [yardstick], name=key, floor=floor(key, e), multiple=ERROR_MULTIPLE)
+
+
+def test_the_table_of_the_readme_is_the_one_made_from_the_data():
+
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    assert registry.markdown().strip() in readme, "put the output of tests/patch_registry.py --markdown there"
