@@ -180,6 +180,19 @@ def statistics(x: Tensor, eps: float, *, rms: bool = False) -> tuple[Tensor, Ten
     return mean.float(), (variance + eps).rsqrt().float()
 
 
+def norm_magnitude(x: Tensor, weight: Tensor | None, eps: float, factor: Tensor | float = 1.0) -> float:
+    """Rms of the terms of a LayerNorm's input gradient, ``rstd * weight * dy`` times ``factor``, for dy of rms 1.
+
+    With two columns the terms cancel but for eps: the gradient alone would be no scale to judge its error by.
+    """
+    if not x.numel():
+        return 0.0
+    x = x.detach().double()
+    rstd = (torch.var(x, dim=-1, correction=0, keepdim=True) + eps).rsqrt()
+    terms = rstd * factor * (1.0 if weight is None else weight.detach().double())
+    return float(terms.square().mean().sqrt())
+
+
 def empty_stats(x: Tensor, rows: int) -> Tensor:
     return torch.empty(rows, dtype=torch.float32, device=x.device)
 

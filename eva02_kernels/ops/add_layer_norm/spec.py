@@ -17,6 +17,7 @@ from eva02_kernels.ops._common import (
     eager_backend,
     empty_stats,
     layer_norm_ref,
+    norm_magnitude,
     num_rows,
     scale_and_add_ref,
     statistics,
@@ -193,6 +194,14 @@ def _samples() -> list[Sample]:
     ]
 
 
+def _magnitude(
+    name: str, x: Tensor, residual: Any = None, weight: Any = None, bias: Any = None, eps: float = 1e-6, **options: Any
+) -> float:
+    if name not in ("arg0", "arg1") or options.get("rms") or residual is None or len(options) > 1:
+        return 0.0
+    return norm_magnitude(x + residual, weight, eps)
+
+
 def _bytes(x: Tensor, residual: Any, weight: Any, bias: Any, eps: float, ls: Any, rs: Any, rms: bool) -> Any:
     n = x.element_size() * x.numel()
     if not _adds(residual, ls, rs):
@@ -227,5 +236,6 @@ SPEC = define(
         samples=_samples,
         saved="the sum (x itself where nothing is added); mean, rstd (rows,) float32; x only if layer_scale trains",
         bytes_moved=_bytes,
+        magnitude=_magnitude,
     )
 )

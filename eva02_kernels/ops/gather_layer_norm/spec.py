@@ -16,6 +16,7 @@ from eva02_kernels.ops._common import (
     eager_backend,
     empty_stats,
     layer_norm_ref,
+    norm_magnitude,
     reference_backward,
     statistics,
 )
@@ -66,6 +67,14 @@ def _backward(ctx: Any, dout: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     grads = torch.ops.eva02_kernels.gather_layer_norm_bwd.default(dout, *ctx.saved_tensors, ctx.eps, needs, ctx.backend)
     dx, dweight, dbias = scatter_grads(grads, needs)
     return dx, None, dweight, dbias, None
+
+
+def _magnitude(name: str, x: Tensor, idx: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> float:
+    if name != "arg0" or not idx.numel():
+        return 0.0
+    # Over all tokens, of which those that are not picked have no gradient.
+    picked = idx.numel() / max(1, x.shape[0] * x.shape[1])
+    return norm_magnitude(gather_tokens_ref(x, idx)[idx >= 0], weight, eps) * min(1.0, picked) ** 0.5
 
 
 def _samples() -> list[Sample]:
@@ -127,5 +136,6 @@ SPEC = define(
             2 * x.element_size() * idx.numel() * x.shape[-1],
             x.element_size() * (2 * idx.numel() * x.shape[-1] + x.numel()),
         ),
+        magnitude=_magnitude,
     )
 )

@@ -15,6 +15,7 @@ from eva02_kernels.ops._common import (
     cpu_backend,
     eager_backend,
     empty_stats,
+    norm_magnitude,
     num_rows,
     reference_backward,
     statistics,
@@ -66,6 +67,15 @@ def _backward(ctx: Any, dout: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:4])
     grads = torch.ops.eva02_kernels.subln_swiglu_bwd.default(dout, *ctx.saved_tensors, ctx.eps, needs, ctx.backend)
     return *scatter_grads(grads, needs), None
+
+
+def _magnitude(name: str, gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> float:
+    if name not in ("arg0", "arg1"):
+        return 0.0
+    sigmoid = torch.sigmoid(gate.detach())
+    silu = gate.detach() * sigmoid
+    slope = up.detach() * (sigmoid + silu * (1 - sigmoid)) if name == "arg0" else silu
+    return norm_magnitude(hidden_ref(gate, up), weight, eps, slope)
 
 
 def _samples() -> list[Sample]:
@@ -128,5 +138,6 @@ SPEC = define(
             gate.element_size() * 3 * gate.numel(),
             gate.element_size() * 5 * gate.numel(),
         ),
+        magnitude=_magnitude,
     )
 )
