@@ -99,7 +99,8 @@ def _prepare(p: Provider, case: ModelCase, train: bool, optimisers: _Optimisers,
         arm.first_call_s = round(first_call(arm.call), 4)
         if p.ours:
             arm.notes["backends"] = sorted({f"{op} {direction}: {name}" for op, direction, name in stats()})
-        arm.gate = compare(_results(case, built, train=train), expected[1], expected[0])
+        terms = case.shape.batch * case.shape.tokens if train else 1
+        arm.gate = compare(_results(case, built, train=train), expected[1], expected[0], terms=terms)
     except Unsupported as reason:
         return arm.refuse(UNSUPPORTED, str(reason))
     except Exception as error:  # an arm that raises is a row with its reason; the others still run

@@ -77,11 +77,16 @@ def relative_error(value: Tensor, reference: Tensor) -> float:
     return float("inf") if math.isnan(error) else error
 
 
-def compare(results: Mapping[str, Tensor], plain: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict:
+def compare(
+    results: Mapping[str, Tensor], plain: Mapping[str, Tensor], reference: Mapping[str, Tensor], *, terms: int = 1
+) -> dict:
     """Does an arm compute what the baseline computes? Every tensor within 4 times the baseline's error plus 16 eps.
 
     This asks whether the arms did the same work; how exact our operators are is the contract suite's question.
+    ``terms``: tokens whose contributions a parameter's gradient sums. Eager sums pairwise, Inductor one after the
+    other, which is off by about sqrt(terms) eps: the bound is at least that.
     """
+    slack = max(16.0, terms**0.5)
     worst: tuple[float, str] = (0.0, "")
     failures = []
     for name, expected in reference.items():
@@ -91,7 +96,7 @@ def compare(results: Mapping[str, Tensor], plain: Mapping[str, Tensor], referenc
         eps = torch.finfo(plain[name].dtype).eps
         error, usual = relative_error(results[name], expected), relative_error(plain[name], expected)
         worst = max(worst, (error / eps, name))
-        if not error <= 4 * usual + 16 * eps:
+        if not error <= 4 * usual + slack * eps:
             failures.append(f"{name}: relative error {error:.1e}, baseline {usual:.1e}")
     return {"passed": not failures, "worst_error_eps": round(worst[0], 2), "worst": worst[1], "failures": failures[:4]}
 

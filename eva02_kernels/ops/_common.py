@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from eva02_kernels import _native
+from eva02_kernels import _native, _triton
+from eva02_kernels._launch import MAX_ROW_WIDTH
 from eva02_kernels._library import eager_gradients
 from eva02_kernels._registry import Backend, OpSpec, check_backend_name
 
@@ -162,11 +164,51 @@ def cpu_backend(
     return Backend("cpu", fwd, bwd, reasons, error_multiple)
 
 
+def triton_backend(
+    op: str,
+    unsupported: Callable[[str, tuple[Any, ...]], Sequence[str]] = _never,
+    *,
+    suffix: str = "",
+    error_multiple: float = 1.0,
+) -> Backend:
+    """``fwd<suffix>`` and ``bwd<suffix>`` of ``ops/<op>/triton_kernels.py``, which is imported by the first call."""
+
+    @functools.cache
+    def kernels() -> Any:
+        return importlib.import_module(f"eva02_kernels.ops.{op}.triton_kernels")
+
+    def reasons(direction: str, args: tuple[Any, ...]) -> Sequence[str]:
+        return _triton.unsupported(args) or unsupported(direction, args)
+
+    return Backend(
+        "triton",
+        lambda *args: getattr(kernels(), f"fwd{suffix}")(*args),
+        lambda *args: getattr(kernels(), f"bwd{suffix}")(*args),
+        reasons,
+        error_multiple,
+    )
+
+
+def whole_rows_only(direction: str, args: tuple[Any, ...]) -> Sequence[str]:
+    """A Triton kernel's reason: it holds a row of the operator's main tensor in registers."""
+    width = args[0].shape[-1]
+    return (f"needs at most {MAX_ROW_WIDTH} columns, got {width}",) if width > MAX_ROW_WIDTH else ()
+
+
 def rows_2d(t: Tensor) -> Tensor:
     """(rows, N) view of t, or a copy where the leading dims have no common stride or the last is strided."""
     if t.dim() != 2:
         t = t.reshape(-1, t.shape[-1]) if t.numel() else t.new_empty(num_rows(t), t.shape[-1])
     return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
+
+
+def halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(rows, F) views of gate and up; without up, of the halves of a packed gate."""
+    if up is not None:
+        return rows_2d(gate), rows_2d(up)
+    packed = rows_2d(gate)
+    width = packed.shape[1] // 2
+    return packed[:, :width], packed[:, width:]
 
 
 def statistics(x: Tensor, eps: float, *, rms: bool = False) -> tuple[Tensor, Tensor]:

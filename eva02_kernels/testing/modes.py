@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch.utils import deterministic as memory
 
-from eva02_kernels import _native
+from eva02_kernels import _native, _triton
 
 
 @contextlib.contextmanager
@@ -35,3 +35,24 @@ def nan_filled_memory() -> Iterator[None]:
     finally:
         memory.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+
+
+@contextlib.contextmanager
+def executing(mode: str) -> Iterator[None]:
+    """Inside, the Triton backend takes CPU tensors and runs its kernels on the CPU.
+
+    Args:
+        mode: ``"interpreter"``: Triton's interpreter executes the kernels' source. Kernels are decorated once, so the
+            process must have been started with ``TRITON_INTERPRET=1``.
+    """
+    if mode != "interpreter":
+        raise ValueError(f"mode: expected 'interpreter'; got {mode!r}")
+    from triton import knobs
+
+    if not knobs.runtime.interpret:
+        raise RuntimeError("executing('interpreter'): start the process with TRITON_INTERPRET=1")
+    before, _triton.executing = _triton.executing, mode
+    try:
+        yield
+    finally:
+        _triton.executing = before

@@ -18,6 +18,8 @@ from eva02_kernels.ops._common import (
     norm_magnitude,
     num_rows,
     reference_backward,
+    triton_backend,
+    whole_rows_only,
     statistics,
 )
 from eva02_kernels.ops.subln_swiglu import native
@@ -118,6 +120,7 @@ SPEC = define(
         setup_context=_setup_context,
         backward=_backward,
         backends=(
+            triton_backend("subln_swiglu", whole_rows_only),
             cpu_backend(native.fwd, native.bwd),
             eager_backend(
                 _eager_fwd,

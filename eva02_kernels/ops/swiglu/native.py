@@ -7,19 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from eva02_kernels.ops._common import rows_2d
-
-
-def _halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
-    if up is not None:
-        return rows_2d(gate), rows_2d(up)
-    packed = rows_2d(gate)
-    width = packed.shape[1] // 2
-    return packed[:, :width], packed[:, width:]
+from eva02_kernels.ops._common import halves, rows_2d
 
 
 def fwd(gate: Tensor, up: Tensor | None) -> Tensor:
-    g, u = _halves(gate, up)
+    g, u = halves(gate, up)
     out = torch.empty(*gate.shape[:-1], g.shape[1], dtype=gate.dtype, device=gate.device)
     torch.ops.eva02_kernels_C.swiglu_fwd_cpu.default(g, u, out.view(g.shape))
     return out
@@ -28,7 +20,7 @@ def fwd(gate: Tensor, up: Tensor | None) -> Tensor:
 def bwd(dout: Tensor, gate: Tensor, up: Tensor | None, needs: Sequence[bool]) -> list[Tensor]:
     # One pass gives both gradients; a single one that nobody wants costs a store, not a pass.
     grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (gate, up) if t is not None]
-    g, u = _halves(gate, up)
-    dg, du = _halves(grads[0], grads[1] if up is not None else None)
+    g, u = halves(gate, up)
+    dg, du = halves(grads[0], grads[1] if up is not None else None)
     torch.ops.eva02_kernels_C.swiglu_bwd_cpu.default(rows_2d(dout), g, u, dg, du)
     return [t for t, need in zip(grads, needs, strict=False) if need]

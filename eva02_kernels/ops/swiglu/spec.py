@@ -15,6 +15,7 @@ from eva02_kernels.ops._common import (
     cpu_backend,
     eager_backend,
     reference_backward,
+    triton_backend,
 )
 from eva02_kernels.ops.swiglu import native
 from eva02_kernels.ops.swiglu.reference import swiglu_ref
@@ -87,6 +88,7 @@ SPEC = define(
         setup_context=_setup_context,
         backward=_backward,
         backends=(
+            triton_backend("swiglu"),
             cpu_backend(native.fwd, native.bwd),
             eager_backend(
                 swiglu_ref,

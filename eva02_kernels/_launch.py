@@ -1,0 +1,76 @@
+"""Launch choices of the Triton kernels, as data: block sizes, warps and stages, best guess first.
+
+Where a function gives several, the first is used unless autotuning times them (``_triton.tuned``). None of these was
+measured on a GPU yet: they are chosen from registers, shared memory and occupancy as compiled (``benchmarks.kernels``).
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Keyword arguments of a launch: the kernel's block sizes and the compiler's options."""
+
+    blocks: tuple[tuple[str, int], ...]
+    num_warps: int = 4
+    num_stages: int = 2
+    options: dict[str, Any] = field(init=False, compare=False, hash=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(
+            self, "options", {**dict(self.blocks), "num_warps": self.num_warps, "num_stages": self.num_stages}
+        )
+
+    def __getitem__(self, name: str) -> int:
+        return self.options[name]
+
+
+def choice(num_warps: int = 4, num_stages: int = 2, **blocks: int) -> Choice:
+    return Choice(tuple(blocks.items()), num_warps, num_stages)
+
+
+def power_of_2(n: int) -> int:
+    """The least power of two that is at least n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+MAX_ROW_WIDTH = 16384
+"""Columns of a row that is held in registers as a whole, as normalisation needs it."""
+
+
+@functools.cache
+def whole_rows(width: int) -> Choice:
+    """Tiles BLOCK_M x BLOCK_N of whole rows: about 16 elements a thread, several narrow rows a program."""
+    block_n = power_of_2(width)
+    block_m = max(1, 512 // block_n)
+    return choice(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=min(16, max(1, block_m * block_n // 512)), num_stages=1)
+
+
+@functools.cache
+def row_pieces(width: int) -> Choice:
+    """Tiles of pieces of rows, for kernels that need no sum over a row."""
+    block_n = min(1024, power_of_2(width))
+    block_m = max(1, 2048 // block_n)
+    return choice(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4, num_stages=1)
+
+
+COLUMN_SUMS = choice(BLOCK_P=32, BLOCK_N=64, num_warps=4, num_stages=1)
+"""The second stage of parameter gradients: sums of (programs, width) over the programs."""
+
+
+@functools.cache
+def pair_chunks(head_dim: int) -> tuple[int, int]:
+    """Channel pairs in the one or two tiles of a head: powers of two from 16 on (what a matrix instruction takes)."""
+    pairs = (head_dim + 1) // 2
+    first = 16
+    while 2 * first <= pairs:
+        first *= 2
+    rest = pairs - first
+    if rest <= 0:
+        return first, 0
+    second = max(16, power_of_2(rest))
+    return (2 * first, 0) if second == first else (first, second)
