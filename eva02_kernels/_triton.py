@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_ROWS = 2**31 - 1  # row numbers are int32 in kernels; offsets are int64
 
-# How CPU tensors reach the kernels, set by testing.executing: "interpreter", "simulator", "offline", or None: not at all.
+# How CPU tensors reach the kernels, set by testing.executing ("interpreter", "offline"); None: they do not.
 executing: str | None = None
 # Architecture that kernels are compiled for while `executing` compiles them without a GPU.
 target_arch = 80

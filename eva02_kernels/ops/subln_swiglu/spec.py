@@ -18,9 +18,9 @@ from eva02_kernels.ops._common import (
     norm_magnitude,
     num_rows,
     reference_backward,
+    statistics,
     triton_backend,
     whole_rows_only,
-    statistics,
 )
 from eva02_kernels.ops.subln_swiglu import native
 from eva02_kernels.ops.subln_swiglu.reference import hidden_ref, subln_swiglu_ref
