@@ -10,6 +10,8 @@ import functools
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -74,3 +76,62 @@ def pair_chunks(head_dim: int) -> tuple[int, int]:
         return first, 0
     second = max(16, power_of_2(rest))
     return (2 * first, 0) if second == first else (first, second)
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------
+def attention_fwd(dtype: torch.dtype, head_dim: int, arch: int) -> tuple[Choice, ...]:
+    """BLOCK_M queries by BLOCK_N keys."""
+    if dtype == torch.float32:
+        return (choice(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=1),)
+    if head_dim <= 64:
+        return (
+            choice(BLOCK_M=128, BLOCK_N=64, num_warps=4, num_stages=2),
+            choice(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2),
+            choice(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2),
+        )
+    return (
+        choice(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2),
+        choice(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2),
+        choice(BLOCK_M=128, BLOCK_N=32, num_warps=4, num_stages=2),
+    )
+
+
+def attention_dq(dtype: torch.dtype, head_dim: int, arch: int) -> tuple[Choice, ...]:
+    if dtype == torch.float32:
+        return (choice(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=1),)
+    if head_dim <= 64:
+        return (
+            choice(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2),
+            choice(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2),
+        )
+    return (
+        choice(BLOCK_M=64, BLOCK_N=64, num_warps=8, num_stages=2),
+        choice(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2),
+    )
+
+
+def attention_dkdv(dtype: torch.dtype, head_dim: int, arch: int) -> tuple[Choice, ...]:
+    if dtype == torch.float32:
+        return (choice(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=1),)
+    if head_dim <= 64:
+        return (
+            choice(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2),
+            choice(BLOCK_M=64, BLOCK_N=128, num_warps=8, num_stages=2),
+        )
+    return (
+        choice(BLOCK_M=64, BLOCK_N=64, num_warps=8, num_stages=2),
+        choice(BLOCK_M=32, BLOCK_N=64, num_warps=4, num_stages=2),
+    )
+
+
+@functools.cache
+def rope_tokens(head_dim: int) -> Choice:
+    """Rotation: tiles of BLOCK_T tokens of one head; BLOCK_H heads, one after the other, share their angles."""
+    block_t = max(1, 2048 // power_of_2(max(32, head_dim)))
+    return choice(BLOCK_T=block_t, BLOCK_H=4, num_warps=4, num_stages=1)
+
+
+@functools.cache
+def rope_table_rows(head_dim: int) -> Choice:
+    """A table's gradient: BLOCK_R rows of tokens' heads that meet one row of the table."""
+    return choice(BLOCK_R=max(1, 2048 // power_of_2(max(32, head_dim))), num_warps=4, num_stages=1)

@@ -202,6 +202,11 @@ def rows_2d(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
 
 
+def last_dense(x: Tensor) -> Tensor:
+    """x itself where its last dim is contiguous, else a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
     """(rows, F) views of gate and up; without up, of the halves of a packed gate."""
     if up is not None:
@@ -209,6 +214,11 @@ def halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
     packed = rows_2d(gate)
     width = packed.shape[1] // 2
     return packed[:, :width], packed[:, width:]
+
+
+def dense_heads(t: Tensor) -> Tensor:
+    """t, or a copy of it where its last dim is strided; other strides are the kernel's to follow."""
+    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
 
 
 def statistics(x: Tensor, eps: float, *, rms: bool = False) -> tuple[Tensor, Tensor]:

@@ -122,7 +122,7 @@ def rope_arguments(rope: RopeArgs) -> tuple[tuple[Any, ...], tuple[int, ...], di
         return (None, None, None, None), (0, 0, 0, 0, 0), constants
     cos, sin = rope.cos.contiguous(), rope.sin.contiguous()
     keep_idx = None if rope.keep_idx is None else rope.keep_idx.contiguous()
-    height, width = rope.grid[:2] if rope.grid else (0, 0)
+    height, width = (max(1, n) for n in rope.grid[:2]) if rope.grid else (1, 1)  # an empty grid divides nothing
     grids = None if rope.grids is None else rope.grids.contiguous()
     # A table of three dims holds one for each sequence, sample or head.
     table_stride = cos[0].numel() if cos.dim() == 3 and cos.shape[0] else 0

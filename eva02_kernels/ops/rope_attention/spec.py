@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,10 +17,11 @@ from eva02_kernels.ops._common import (
     cpu_backend,
     eager_backend,
     reference_backward,
+    triton_backend,
 )
 from eva02_kernels.ops.rope_attention import native
 from eva02_kernels.ops.rope_attention.reference import attention_with_lse_ref, rope_attention_ref
-from eva02_kernels.rope import ROPE_SCHEMA, RopeTable, canonical_rope, rope_2d
+from eva02_kernels.rope import NUM_ROPE_ARGS, ROPE_SCHEMA, RopeTable, canonical_rope, rope_2d
 
 ATTENTION_SCHEMA = (
     f"{ROPE_SCHEMA}, Tensor? key_padding_mask, Tensor? cu_seqlens, int max_seqlen, bool causal, float scale, "
@@ -27,6 +29,7 @@ ATTENTION_SCHEMA = (
 )
 # Places of the differentiable ones among ATTENTION_SCHEMA's arguments: cos, sin, q_norm, k_norm.
 DIFFERENTIABLE = (0, 1, 12, 13)
+NUM_SHARED = NUM_ROPE_ARGS + 8
 _PLACES = (0, 1, 2, *(3 + i for i in DIFFERENTIABLE))
 
 
@@ -201,6 +204,8 @@ def attention_cases() -> dict[str, dict[str, Any]]:
         "S16": {"shape": (1, 2, 64), "grid": (3, 5)},
         "S17": {"shape": (1, 2, 64), "grid": (4, 4)},
         "S37": {"shape": (2, 3, 64), "grid": (4, 9)},
+        "S64": {"shape": (1, 1, 16), "grid": (7, 9)},
+        "S129": {"shape": (1, 1, 88), "grid": (8, 16), "layout": "half"},
         "half": {"shape": (2, 2, 32), "grid": (3, 4), "layout": "half", "prefix": 5},
         "swap": {"shape": (1, 2, 32), "grid": (3, 4), "swap": True, "prefix": 0},
         "none": {"shape": (2, 2, 20), "grid": (3, 3), "rope": "none"},
@@ -252,6 +257,21 @@ def attention_flops(q: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int]:
     return 2 * product, 5 * product
 
 
+def triton_unsupported(direction: str, args: tuple[Any, ...]) -> Sequence[str]:
+    """Of rope_attention and rope_attention_packed; the first argument is q, qkv or dout."""
+    reasons = []
+    head_dim = args[0].shape[-1]
+    if head_dim % 4 or not 4 <= head_dim <= 128:
+        reasons.append(f"needs a head dim of 4..128 in steps of 4, got {head_dim}")
+    # The schema's shared arguments are the last ones, before `needs` in backward.
+    shared = args[-NUM_SHARED:] if direction == "fwd" else args[-NUM_SHARED - 1 : -1]
+    cos, grid, q_norm, k_norm = shared[0], shared[3], *shared[-3:-1]
+    trains = cos is not None and not grid and (cos.requires_grad or (direction == "bwd" and any(args[-1][-4:-2])))
+    if trains and (q_norm is not None or k_norm is not None):
+        reasons.append("has no gradient of a dense table beside q_norm or k_norm")
+    return reasons
+
+
 SPEC = define(
     OpSpec(
         name="rope_attention",
@@ -269,6 +289,7 @@ SPEC = define(
         setup_context=save_attention,
         backward=_backward,
         backends=(
+            triton_backend("rope_attention", triton_unsupported, error_multiple=native.ERROR_MULTIPLE),
             cpu_backend(native.fwd, native.bwd, native.unsupported, error_multiple=native.ERROR_MULTIPLE),
             eager_backend(
                 attention_with_lse_ref,

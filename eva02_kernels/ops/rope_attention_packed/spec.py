@@ -14,6 +14,7 @@ from eva02_kernels.ops._common import (
     cpu_backend,
     eager_backend,
     reference_backward,
+    triton_backend,
 )
 from eva02_kernels.ops.rope_attention import native
 from eva02_kernels.ops.rope_attention.reference import (
@@ -31,6 +32,7 @@ from eva02_kernels.ops.rope_attention.spec import (
     canonical_attention,
     fake_attention,
     save_attention,
+    triton_unsupported,
 )
 from eva02_kernels.rope import RopeTable
 
@@ -100,6 +102,9 @@ SPEC = define(
         setup_context=save_attention,
         backward=_backward,
         backends=(
+            triton_backend(
+                "rope_attention", triton_unsupported, suffix="_packed", error_multiple=native.ERROR_MULTIPLE
+            ),
             cpu_backend(native.fwd_packed, native.bwd_packed, native.unsupported, error_multiple=native.ERROR_MULTIPLE),
             eager_backend(
                 _reference,
