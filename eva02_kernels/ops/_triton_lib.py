@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from eva02_kernels import _triton
-from eva02_kernels._launch import COLUMN_SUMS
+from eva02_kernels._launch import COLUMN_SUMS, row_pieces
 
 # Kernels are decorated once: interpreted or compiled is a property of the process (TRITON_INTERPRET).
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -86,3 +88,83 @@ def parameter_partials(parameter: Tensor | None, need: bool, programs: int, devi
     if parameter is None or not need:
         return None
     return torch.empty(programs, parameter.numel(), dtype=torch.float32, device=device)
+
+
+def alignment(*strides: int) -> int:
+    """The largest of 16, 8, 4, 2 and 1 that divides all strides: for ``tl.multiple_of(offsets, [ALIGN, ALIGN])``.
+
+    Of a stride the compiler itself knows whether 16 divides it, or nothing: heads of 88 or 72 channels would be loaded
+    one element at a time. The hint belongs in the kernel: a function that it calls does not pass one back.
+    """
+    return math.gcd(16, *strides)
+
+
+def inverse_index(index: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """(order, starts) int32: the flat positions in ``index`` that name row r are order[starts[r]:starts[r + 1]].
+
+    They are in increasing order, so that a sum over them has a fixed one. Entries outside 0..rows - 1 name no row.
+    Nothing here waits for the device.
+    """
+    found, order = torch.sort(index.flatten(), stable=True)
+    starts = torch.searchsorted(found, torch.arange(rows + 1, dtype=found.dtype, device=found.device), out_int32=True)
+    return order.int(), starts
+
+
+@triton.jit
+def gelu_and_slope(x):
+    """x Phi(x), the exact GELU, and its derivative, float32."""
+    cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+    return x * cdf, cdf + x * (0.3989422804014327 * tl.exp(-0.5 * x * x))
+
+
+@triton.jit(do_not_specialize=["M", "rows_per_sample"])
+def _scale_and_sum_kernel(
+    x_ptr, layer_scale_ptr, row_scale_ptr, scaled_ptr, row_scaled_ptr, sum_ptr, M, stride_x, rows_per_sample,
+    N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(tl.program_id(0) * BLOCK_M, M, tl.num_programs(0) * BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M)
+        keep = (rows < M)[:, None] & (cols < N)[None, :]
+        x = tl.load(x_ptr + row_offsets(rows, stride_x) + cols[None, :], mask=keep, other=0.0).to(tl.float32)
+        out = row_offsets(rows, N) + cols[None, :]
+        if row_scale_ptr is not None:
+            x *= tl.load(row_scale_ptr + rows // rows_per_sample, mask=rows < M, other=0.0)[:, None]
+        total += x
+        if row_scaled_ptr is not None:
+            tl.store(row_scaled_ptr + out, x.to(row_scaled_ptr.dtype.element_ty), mask=keep)
+        if scaled_ptr is not None:
+            if layer_scale_ptr is not None:
+                x *= tl.load(layer_scale_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+            tl.store(scaled_ptr + out, x.to(scaled_ptr.dtype.element_ty), mask=keep)
+    if sum_ptr is not None:
+        tl.store(sum_ptr + tl.program_id(0) * N + cols, tl.sum(total, 0), mask=cols < N)
+
+
+def scale_and_sum(
+    x: Tensor, *, layer_scale: Tensor | None = None, row_scale: Tensor | None = None, scaled: Tensor | None = None,
+    row_scaled: Tensor | None = None, sums: Tensor | None = None,
+) -> None:  # fmt: skip
+    """One pass over rows x: ``row_scaled`` = row_scale x, ``scaled`` = layer_scale row_scale x, both contiguous, and
+    ``sums`` (N,), the column sums of row_scale x; what is None is not written."""
+    rows, width = x.shape
+    if not width or (sums is None and not rows):
+        return
+    launch = row_pieces(width)
+    pieces = triton.cdiv(width, launch["BLOCK_N"])
+    programs = max(1, _triton.num_partials(rows, launch["BLOCK_M"], x.device) // pieces)
+    partials = None if sums is None else torch.empty(programs, width, dtype=torch.float32, device=x.device)
+    rows_per_sample = 1 if row_scale is None else rows // max(1, row_scale.numel())
+    _triton.launch(
+        _scale_and_sum_kernel, (programs, pieces), launch, x, layer_scale, row_scale, scaled, row_scaled, partials,
+        rows, x.stride(0), max(1, rows_per_sample), N=width,
+    )  # fmt: skip
+    if partials is not None and sums is not None:
+        column_sums(partials, sums)
+
+
+def column_sums_of_rows(x: Tensor, out: Tensor) -> Tensor:
+    """out (N,) = sums of x (rows, N) over the rows, in float32 and a fixed order: a bias's gradient."""
+    scale_and_sum(x, sums=out)
+    return out

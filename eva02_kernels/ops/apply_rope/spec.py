@@ -7,7 +7,14 @@ from torch import Tensor
 
 from eva02_kernels._library import define, eager_gradients, scatter_grads
 from eva02_kernels._registry import OpSpec, Sample
-from eva02_kernels.ops._common import autocast, check, check_activation, cpu_backend, eager_backend
+from eva02_kernels.ops._common import (
+    autocast,
+    check,
+    check_activation,
+    cpu_backend,
+    eager_backend,
+    triton_backend,
+)
 from eva02_kernels.ops.apply_rope import native
 from eva02_kernels.ops.rope_attention.spec import attention_cases, attention_inputs
 from eva02_kernels.rope import ROPE_SCHEMA, RopeArgs, RopeTable, canonical_rope, rotate_tokens
@@ -97,7 +104,11 @@ SPEC = define(
         fake_bwd=_fake_bwd,
         setup_context=_setup_context,
         backward=_backward,
-        backends=(cpu_backend(native.fwd, native.bwd), eager_backend(_eager_fwd, _eager_bwd)),
+        backends=(
+            triton_backend("apply_rope"),
+            cpu_backend(native.fwd, native.bwd),
+            eager_backend(_eager_fwd, _eager_bwd),
+        ),
         samples=_samples,
         saved="x only when the table needs a gradient; the table",
         bytes_moved=lambda x, *rope: (2 * x.element_size() * x.numel(), 2 * x.element_size() * x.numel()),
