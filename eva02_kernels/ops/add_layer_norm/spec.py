@@ -21,6 +21,8 @@ from eva02_kernels.ops._common import (
     num_rows,
     scale_and_add_ref,
     statistics,
+    triton_backend,
+    whole_rows_only,
 )
 from eva02_kernels.ops.add_layer_norm import native
 from eva02_kernels.ops.add_layer_norm.reference import add_layer_norm_ref, rms_norm_ref
@@ -229,6 +231,7 @@ SPEC = define(
         setup_context=_setup_context,
         backward=_backward,
         backends=(
+            triton_backend("add_layer_norm", whole_rows_only),
             cpu_backend(native.fwd, native.bwd),
             eager_backend(_eager_fwd, _eager_bwd),
         ),
