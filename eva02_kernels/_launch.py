@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from eva02_kernels import _triton
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -135,3 +137,65 @@ def rope_tokens(head_dim: int) -> Choice:
 def rope_table_rows(head_dim: int) -> Choice:
     """A table's gradient: BLOCK_R rows of tokens' heads that meet one row of the table."""
     return choice(BLOCK_R=max(1, 2048 // power_of_2(max(32, head_dim))), num_warps=4, num_stages=1)
+
+
+# ---- matrix products -------------------------------------------------------------------------------------------------
+GROUP_ROWS = 8
+"""Row tiles whose programs run one after the other for each column tile, so that both operands stay in L2."""
+
+force_fused: bool | None = None
+"""Takes one route for every product, for tests: True Triton's, False torch.mm with Triton kernels around it."""
+
+
+def fused_gemm(arch: int, dtype: torch.dtype) -> tuple[bool, str]:
+    """Whether products are Triton kernels with everything around them in their epilogue, and why."""
+    if force_fused is not None:
+        return force_fused, "_launch.force_fused is set"
+    if _triton.executing == "interpreter":
+        return True, "the interpreter runs every kernel"
+    if torch.version.hip is not None:
+        return False, "AMD: Triton's products are not tuned for its matrix cores here"
+    if arch < 80:
+        return False, f"compute capability {arch / 10} has no asynchronous copies to pipeline with"
+    if arch >= 90:
+        return False, f"compute capability {arch / 10}: cuBLAS has a warp-specialised pipeline, Triton's product not"
+    if _triton.dot_precision(dtype) == "ieee" and dtype == torch.float32:
+        return False, "float32 without TF32: Triton multiplies outside the tensor cores"
+    return True, f"compute capability {arch / 10}: tensor cores with asynchronous copies"
+
+
+def gemm_route(arch: int, dtype: torch.dtype) -> str:
+    """One line about where products run, for ``python -m eva02_kernels.info``."""
+    fused, reason = fused_gemm(arch, dtype)
+    return f"{'Triton, fused epilogues' if fused else 'torch.mm and Triton kernels around it'} ({reason})"
+
+
+def _tiles(m: int, n: int, k: int, num_warps: int, num_stages: int) -> Choice:
+    return choice(BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, num_warps=num_warps, num_stages=num_stages)
+
+
+# Largest tiles first. Shared memory is (BLOCK_M + BLOCK_N) * BLOCK_K elements a stage (two of BLOCK_N in a dual
+# product): under the 99 KiB of compute capability 8.6 and 8.9, but for those that only 8.0 with its 163 KiB gets.
+_GEMM_16_BIT = (_tiles(128, 256, 32, 8, 3), _tiles(128, 128, 32, 4, 4), _tiles(64, 128, 32, 4, 4),
+                _tiles(64, 64, 64, 4, 3))  # fmt: skip
+_GEMM_16_BIT_80 = (_tiles(128, 256, 64, 8, 3), _tiles(128, 128, 32, 4, 4), _tiles(64, 128, 64, 4, 4),
+                   _tiles(64, 64, 64, 4, 4))  # fmt: skip
+_GEMM_32_BIT = (_tiles(128, 128, 32, 8, 3), _tiles(64, 128, 32, 4, 3), _tiles(64, 64, 32, 4, 4))
+_DUAL_GEMM_16_BIT = (_tiles(128, 128, 32, 8, 3), _tiles(128, 64, 32, 4, 4), _tiles(64, 64, 32, 4, 4))
+_DUAL_GEMM_16_BIT_80 = (_tiles(128, 128, 64, 8, 3), _tiles(128, 64, 32, 4, 4), _tiles(64, 64, 64, 4, 4))
+_DUAL_GEMM_32_BIT = (_tiles(128, 64, 32, 8, 3), _tiles(64, 64, 32, 4, 3), _tiles(64, 32, 32, 4, 3))
+
+
+def gemm_choices(rows: int, width: int, dtype: torch.dtype, arch: int, processors: int, *, dual: bool = False) -> Any:
+    """Choices for a product of (rows, width), those first whose tiles give every multiprocessor one."""
+    if dtype == torch.float32:
+        choices = _DUAL_GEMM_32_BIT if dual else _GEMM_32_BIT
+    elif arch == 80:
+        choices = _DUAL_GEMM_16_BIT_80 if dual else _GEMM_16_BIT_80
+    else:
+        choices = _DUAL_GEMM_16_BIT if dual else _GEMM_16_BIT
+
+    def tiles(c: Choice) -> int:
+        return -(-rows // c["BLOCK_M"]) * -(-width // c["BLOCK_N"])
+
+    return tuple(c for c in choices if tiles(c) >= processors) or choices[-1:]

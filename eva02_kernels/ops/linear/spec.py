@@ -18,6 +18,7 @@ from eva02_kernels.ops._common import (
     linear_ref,
     num_rows,
     scale_and_add_ref,
+    triton_backend,
 )
 from eva02_kernels.ops.add_layer_norm.spec import check_scales
 from eva02_kernels.ops.linear import native
@@ -119,7 +120,11 @@ SPEC = define(
         ],
         setup_context=_setup_context,
         backward=_backward,
-        backends=(cpu_backend(native.fwd, native.bwd), eager_backend(_reference, _eager_bwd)),
+        backends=(
+            triton_backend("linear"),
+            cpu_backend(native.fwd, native.bwd),
+            eager_backend(_reference, _eager_bwd),
+        ),
         samples=_samples,
         saved="x, weight, bias; layer_scale and row_scale where given",
         bytes_moved=lambda x, w, b, r, ls, rs: (

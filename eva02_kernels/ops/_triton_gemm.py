@@ -1,0 +1,565 @@
+"""Matrix products of linear, swiglu_mlp, gelu_mlp and qkv_rope, with everything around them in their epilogue.
+
+Fused: bias, GELU, layer scale, row scale and residual in a product's epilogue; gate and up as one product over a shared
+tile of the input, with SwiGLU behind it; the activation's gradient behind the product that gives it, which recomputes
+the activation for the next product and sums its columns for the biases.
+Two routes (``_launch.fused_gemm``): fused as above, or torch.mm (cuBLAS) for the products and one Triton kernel over
+rows for what is around them. Products of backward that have nothing to fuse (weight gradients, input gradients) are
+torch.mm on either route; 16-bit ones are rounded once, and cuBLAS may add split sums in 16 bits where torch's
+``allow_*_reduced_precision_reduction`` lets it.
+Hidden tensors have rows padded to 16 bytes (``padded``); their padding is zero, as is that of weights which meet it, so
+that products run over the padded width with aligned rows.
+Launch: BLOCK_M x BLOCK_N tiles in groups of rows, each tile all of K in a pipelined loop. Numerics: float32 sums,
+float32 epilogue, one rounding an output. Limits: last dims contiguous, any row stride.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from eva02_kernels import _launch, _triton
+from eva02_kernels._launch import GROUP_ROWS, Choice, row_pieces
+from eva02_kernels.ops._common import padded
+from eva02_kernels.ops._triton_lib import (
+    column_sums,
+    dot,
+    gelu_and_slope,
+    row_offsets,
+    scale_and_sum,
+    silu_and_slope,
+)
+
+
+# ---- device functions ------------------------------------------------------------------------------------------------
+@triton.jit
+def tile_of_program(
+    M, COLS: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """(tile row, rows, columns) of this program: GROUP tile rows for a tile column, then the next tile column."""
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n: tl.constexpr = (COLS + BLOCK_N - 1) // BLOCK_N
+    program = tl.program_id(0)
+    first = program // (GROUP * tiles_n) * GROUP
+    height = tl.minimum(tiles_m - first, GROUP)
+    within = program % (GROUP * tiles_n)
+    tile_m = first + within % height
+    tile_n = within // height
+    return tile_m, tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+
+
+@triton.jit
+def products(
+    a_ptr, b_ptr, b2_ptr, rows, cols, M, stride_a, stride_b, COLS: tl.constexpr, K: tl.constexpr,
+    TRANSPOSED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Tiles of A B, and of A B2 where there is one, float32. B is (K, COLS), or (COLS, K) where TRANSPOSED.
+
+    Rows and columns beyond the last hold anything.
+    """
+    k = tl.arange(0, BLOCK_K)
+    # The last row is loaded again for those that do not exist: no mask in the loop.
+    a_ptrs = a_ptr + row_offsets(tl.minimum(rows, M - 1), stride_a) + k[None, :]
+    if TRANSPOSED:
+        offsets = tl.minimum(cols, COLS - 1).to(tl.int64)[None, :] * stride_b + k[:, None]
+        step = BLOCK_K
+    else:
+        offsets = row_offsets(k, stride_b) + cols[None, :]
+        step = BLOCK_K * stride_b
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    acc2 = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, K, BLOCK_K):
+        if K % BLOCK_K == 0:
+            a = tl.load(a_ptrs)
+        else:
+            a = tl.load(a_ptrs, mask=(k < K - start)[None, :], other=0.0)
+        b = _load_b(b_ptr + offsets, k, start, cols, COLS, K, TRANSPOSED, BLOCK_N, BLOCK_K)
+        acc = dot(a, b, acc, PRECISION)
+        if b2_ptr is not None:
+            b2 = _load_b(b2_ptr + offsets, k, start, cols, COLS, K, TRANSPOSED, BLOCK_N, BLOCK_K)
+            acc2 = dot(a, b2, acc2, PRECISION)
+        a_ptrs += BLOCK_K
+        offsets += step
+    return acc, acc2
+
+
+@triton.jit
+def _load_b(
+    ptrs, k, start, cols, COLS: tl.constexpr, K: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    EVEN_K: tl.constexpr = K % BLOCK_K == 0
+    EVEN_N: tl.constexpr = TRANSPOSED or COLS % BLOCK_N == 0
+    if EVEN_K and EVEN_N:
+        b = tl.load(ptrs)
+    elif EVEN_K:
+        b = tl.load(ptrs, mask=(cols < COLS)[None, :], other=0.0)
+    elif EVEN_N:
+        b = tl.load(ptrs, mask=(k < K - start)[:, None], other=0.0)
+    else:
+        b = tl.load(ptrs, mask=(k < K - start)[:, None] & (cols < COLS)[None, :], other=0.0)
+    return b
+
+
+@triton.jit
+def add_columns(y, ptr, cols, N: tl.constexpr):
+    """y plus a parameter of the columns, where there is one."""
+    if ptr is not None:
+        y += tl.load(ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+    return y
+
+
+@triton.jit
+def _finish(
+    y, rows, cols, M, layer_scale_ptr, row_scale_ptr, residual_ptr, out_ptr, stride_residual, stride_out,
+    rows_per_sample, N: tl.constexpr,
+):  # fmt: skip
+    """Store residual + row_scale * layer_scale * y."""
+    keep = (rows < M)[:, None] & (cols < N)[None, :]
+    if layer_scale_ptr is not None:
+        y *= tl.load(layer_scale_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+    if row_scale_ptr is not None:
+        y *= tl.load(row_scale_ptr + rows // rows_per_sample, mask=rows < M, other=0.0)[:, None]
+    if residual_ptr is not None:
+        residual = residual_ptr + row_offsets(rows, stride_residual) + cols[None, :]
+        y += tl.load(residual, mask=keep, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row_offsets(rows, stride_out) + cols[None, :], y.to(out_ptr.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def _store_hidden(y, rows, cols, M, ptr, stride, N: tl.constexpr, COLS: tl.constexpr):
+    """Store y and zero in the padding, where there is a pointer."""
+    if ptr is not None:
+        y = tl.where((cols < N)[None, :], y, 0.0).to(ptr.dtype.element_ty)
+        keep = (rows < M)[:, None] & (cols < COLS)[None, :]
+        tl.store(ptr + row_offsets(rows, stride) + cols[None, :], y, mask=keep)
+
+
+@triton.jit
+def _activation_gradient(
+    dhidden, rows, cols, M, gate_ptr, up_ptr, dgate_ptr, dup_ptr, hidden_ptr, stride_gate, stride_dgate, stride_hidden,
+    N: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """Store the gradients of gate and up for that of silu(gate) * up, or without up that of gate for gelu(gate), and
+    the activation itself; returns the gradients, zero beyond the last row and column."""
+    there = (rows < M)[:, None] & (cols < COLS)[None, :]
+    keep = (rows < M)[:, None] & (cols < N)[None, :]
+    offsets = row_offsets(rows, stride_gate) + cols[None, :]
+    gate = tl.load(gate_ptr + offsets, mask=there, other=0.0).to(tl.float32)
+    if up_ptr is not None:
+        up = tl.load(up_ptr + offsets, mask=there, other=0.0).to(tl.float32)
+        silu, slope = silu_and_slope(gate)
+        hidden = silu * up
+        dgate = tl.where(keep, dhidden * up * slope, 0.0)
+        dup = tl.where(keep, dhidden * silu, 0.0)
+        _store_hidden(dup, rows, cols, M, dup_ptr, stride_dgate, N, COLS)
+    else:
+        hidden, slope = gelu_and_slope(gate)
+        dgate = tl.where(keep, dhidden * slope, 0.0)
+        dup = dgate
+    _store_hidden(dgate, rows, cols, M, dgate_ptr, stride_dgate, N, COLS)
+    _store_hidden(hidden, rows, cols, M, hidden_ptr, stride_hidden, N, COLS)
+    return dgate, dup
+
+
+# ---- kernels ---------------------------------------------------------------------------------------------------------
+@triton.jit(do_not_specialize=["M", "rows_per_sample"])
+def _project_kernel(
+    a_ptr, b_ptr, bias_ptr, layer_scale_ptr, row_scale_ptr, residual_ptr, out_ptr, M, stride_a, stride_b,
+    stride_residual, stride_out, rows_per_sample,
+    N: tl.constexpr, COLS: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    _, rows, cols = tile_of_program(M, COLS, GROUP, BLOCK_M, BLOCK_N)
+    y, _ = products(a_ptr, b_ptr, None, rows, cols, M, stride_a, stride_b, N, K, True, BLOCK_M, BLOCK_N, BLOCK_K,
+                    PRECISION)  # fmt: skip
+    y = add_columns(y, bias_ptr, cols, N)
+    _finish(y, rows, cols, M, layer_scale_ptr, row_scale_ptr, residual_ptr, out_ptr, stride_residual, stride_out,
+            rows_per_sample, N)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M", "rows_per_sample"])
+def _finish_kernel(
+    y_ptr, bias_ptr, layer_scale_ptr, row_scale_ptr, residual_ptr, out_ptr, M, stride_y, stride_residual, stride_out,
+    rows_per_sample, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    keep = (rows < M)[:, None] & (cols < N)[None, :]
+    y = tl.load(y_ptr + row_offsets(rows, stride_y) + cols[None, :], mask=keep, other=0.0).to(tl.float32)
+    y = add_columns(y, bias_ptr, cols, N)
+    _finish(y, rows, cols, M, layer_scale_ptr, row_scale_ptr, residual_ptr, out_ptr, stride_residual, stride_out,
+            rows_per_sample, N)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M"])
+def _activate_kernel(
+    a_ptr, w_gate_ptr, w_up_ptr, b_gate_ptr, b_up_ptr, gate_ptr, up_ptr, hidden_ptr, M, stride_a, stride_w,
+    stride_gate, stride_hidden, GELU: tl.constexpr,
+    N: tl.constexpr, COLS: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    _, rows, cols = tile_of_program(M, COLS, GROUP, BLOCK_M, BLOCK_N)
+    gate, up = products(a_ptr, w_gate_ptr, w_up_ptr, rows, cols, M, stride_a, stride_w, N, K, True, BLOCK_M, BLOCK_N,
+                        BLOCK_K, PRECISION)  # fmt: skip
+    gate = add_columns(gate, b_gate_ptr, cols, N)
+    up = add_columns(up, b_up_ptr, cols, N)
+    _store_hidden(gate, rows, cols, M, gate_ptr, stride_gate, N, COLS)
+    _store_hidden(up, rows, cols, M, up_ptr, stride_gate, N, COLS)
+    if hidden_ptr is not None:
+        if GELU:
+            hidden, _ = gelu_and_slope(gate)
+        else:
+            silu, _ = silu_and_slope(gate)
+            hidden = silu * up
+        _store_hidden(hidden, rows, cols, M, hidden_ptr, stride_hidden, N, COLS)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _activate_rows_kernel(
+    gate_ptr, up_ptr, hidden_ptr, M, stride_gate, stride_hidden,
+    N: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    there = (rows < M)[:, None] & (cols < COLS)[None, :]
+    offsets = row_offsets(rows, stride_gate) + cols[None, :]
+    gate = tl.load(gate_ptr + offsets, mask=there, other=0.0).to(tl.float32)
+    if up_ptr is not None:
+        silu, _ = silu_and_slope(gate)
+        hidden = silu * tl.load(up_ptr + offsets, mask=there, other=0.0).to(tl.float32)
+    else:
+        hidden, _ = gelu_and_slope(gate)
+    _store_hidden(hidden, rows, cols, M, hidden_ptr, stride_hidden, N, COLS)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _hidden_gradient_kernel(
+    a_ptr, b_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, hidden_ptr, gate_sum_ptr, up_sum_ptr, M, stride_a, stride_b,
+    stride_gate, stride_dgate, stride_hidden,
+    N: tl.constexpr, COLS: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    tile_m, rows, cols = tile_of_program(M, COLS, GROUP, BLOCK_M, BLOCK_N)
+    dhidden, _ = products(a_ptr, b_ptr, None, rows, cols, M, stride_a, stride_b, COLS, K, False, BLOCK_M, BLOCK_N,
+                          BLOCK_K, PRECISION)  # fmt: skip
+    dgate, dup = _activation_gradient(dhidden, rows, cols, M, gate_ptr, up_ptr, dgate_ptr, dup_ptr, hidden_ptr,
+                                      stride_gate, stride_dgate, stride_hidden, N, COLS)  # fmt: skip
+    if gate_sum_ptr is not None:
+        tl.store(gate_sum_ptr + tile_m * N + cols, tl.sum(dgate, 0), mask=cols < N)
+    if up_sum_ptr is not None:
+        tl.store(up_sum_ptr + tile_m * N + cols, tl.sum(dup, 0), mask=cols < N)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _hidden_gradient_rows_kernel(
+    dhidden_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, hidden_ptr, M, stride_dhidden, stride_gate, stride_dgate,
+    stride_hidden, N: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    there = (rows < M)[:, None] & (cols < COLS)[None, :]
+    dhidden = tl.load(dhidden_ptr + row_offsets(rows, stride_dhidden) + cols[None, :], mask=there, other=0.0)
+    _activation_gradient(dhidden.to(tl.float32), rows, cols, M, gate_ptr, up_ptr, dgate_ptr, dup_ptr, hidden_ptr,
+                         stride_gate, stride_dgate, stride_hidden, N, COLS)  # fmt: skip
+
+
+@triton.jit
+def _layer_scale_gradient_kernel(
+    product_ptr, weight_ptr, bias_ptr, layer_scale_ptr, sum_ptr, dweight_ptr, dbias_ptr, dlayer_scale_ptr,
+    stride_weight, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0)
+    scale = tl.load(layer_scale_ptr + n).to(tl.float32)
+    total = tl.zeros([BLOCK_N], tl.float32)
+    if product_ptr is not None:
+        for start in range(0, K, BLOCK_N):
+            cols = start + tl.arange(0, BLOCK_N)
+            keep = cols < K
+            product = tl.load(product_ptr + tl.cast(n, tl.int64) * K + cols, mask=keep, other=0.0)
+            weight = tl.load(weight_ptr + tl.cast(n, tl.int64) * stride_weight + cols, mask=keep, other=0.0)
+            total += product * weight.to(tl.float32)
+            if dweight_ptr is not None:
+                dweight = (product * scale).to(dweight_ptr.dtype.element_ty)
+                tl.store(dweight_ptr + tl.cast(n, tl.int64) * K + cols, dweight, mask=keep)
+    dscale = tl.sum(total, 0)
+    if sum_ptr is not None:
+        column_sum = tl.load(sum_ptr + n)
+        if dbias_ptr is not None:
+            tl.store(dbias_ptr + n, (column_sum * scale).to(dbias_ptr.dtype.element_ty))
+        if bias_ptr is not None:
+            dscale += column_sum * tl.load(bias_ptr + n).to(tl.float32)
+    if dlayer_scale_ptr is not None:
+        tl.store(dlayer_scale_ptr + n, dscale.to(dlayer_scale_ptr.dtype.element_ty))
+
+
+# ---- launchers -------------------------------------------------------------------------------------------------------
+def fused(t: Tensor) -> bool:
+    return _launch.fused_gemm(_triton.architecture(t.device), t.dtype)[0]
+
+
+def launch_tiles(
+    kernel: Any, a: Tensor, cols: int, depth: int, *args: Any, dual: bool = False, **constants: Any
+) -> Choice:
+    """Run a kernel whose programs are tiles of (rows of a, cols), K = depth; returns the choice it ran with."""
+    rows, arch = a.shape[0], _triton.architecture(a.device)
+    choices = _launch.gemm_choices(rows, cols, a.dtype, arch, _triton.num_processors(a.device), dual=dual)
+
+    def run(choice: Choice) -> None:
+        grid = (triton.cdiv(rows, choice["BLOCK_M"]) * triton.cdiv(cols, choice["BLOCK_N"]),)
+        _triton.launch(kernel, grid, choice, *args, **constants, K=depth, GROUP=GROUP_ROWS,
+                       PRECISION=_triton.dot_precision(a.dtype))  # fmt: skip
+
+    key = (kernel.fn.__name__, a.dtype, _launch.power_of_2(rows), cols, depth, arch, dual)
+    choice = _triton.tuned(key, choices, run)
+    run(choice)
+    return choice
+
+
+def _launch_rows(kernel: Any, rows: int, cols: int, *args: Any, **constants: Any) -> None:
+    launch = row_pieces(cols)
+    grid = (triton.cdiv(rows, launch["BLOCK_M"]), triton.cdiv(cols, launch["BLOCK_N"]))
+    _triton.launch(kernel, grid, launch, *args, **constants)
+
+
+def _stride(t: Tensor | None) -> int:
+    return 0 if t is None else t.stride(0)
+
+
+def _per_sample(rows: int, row_scale: Tensor | None) -> int:
+    return 1 if row_scale is None else max(1, rows // max(1, row_scale.numel()))
+
+
+# ---- operands --------------------------------------------------------------------------------------------------------
+def padded_columns(weight: Tensor) -> Tensor:
+    """weight (N, F) with rows of 16 bytes' multiples: a copy with zeros behind each row, or itself."""
+    width = weight.shape[1]
+    if padded(width) == width:
+        return weight
+    return torch.nn.functional.pad(weight, (0, padded(width) - width))
+
+
+def stacked(parts: Sequence[Tensor | None], like: Tensor, width: int) -> Tensor:
+    """Rows (or elements) of the parts, each with zeros behind up to ``width``: itself where one part needs none."""
+    only = parts[0]
+    if len(parts) == 1 and only is not None and only.shape[0] == width and only.dtype == like.dtype:
+        return only
+    shape = (len(parts), width, *like.shape[1:])
+    out = torch.zeros(shape, dtype=like.dtype, device=like.device)
+    for place, part in zip(out, parts, strict=True):
+        if part is not None:
+            place[: part.shape[0]] = part
+    return out.view(-1, *like.shape[1:])
+
+
+def multiply(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None) -> Tensor:
+    """out = a b [+ bias]: cuBLAS, rounded once."""
+    if bias is None:
+        return torch.mm(a, b, out=out)
+    return torch.addmm(bias.to(a.dtype), a, b, out=out)
+
+
+def multiply_float32(a: Tensor, b: Tensor) -> Tensor:
+    """a b in float32, of 16-bit operands too."""
+    if a.is_cuda and a.dtype != torch.float32 and torch.version.hip is None:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    out = torch.empty(a.shape[0], b.shape[1], dtype=torch.float32, device=a.device)
+    return torch.mm(a.float(), b.float(), out=out)
+
+
+# ---- steps of the operators ------------------------------------------------------------------------------------------
+def project(
+    a: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, layer_scale: Tensor | None = None,
+    row_scale: Tensor | None = None, residual: Tensor | None = None,
+) -> None:  # fmt: skip
+    """out = residual + row_scale * layer_scale * (a weight^T + bias), rows with any stride."""
+    rows, (width, depth) = a.shape[0], weight.shape
+    if not rows or not width:
+        return
+    if fused(a):
+        launch_tiles(_project_kernel, a, width, depth, a, weight, bias, layer_scale, row_scale, residual, out, rows,
+                     a.stride(0), weight.stride(0), _stride(residual), out.stride(0), _per_sample(rows, row_scale),
+                     N=width, COLS=width)  # fmt: skip
+    elif layer_scale is None and row_scale is None and residual is None:
+        multiply(a, weight.t(), out, bias)
+    else:
+        multiply(a, weight.t(), out)
+        _launch_rows(_finish_kernel, rows, width, out, bias, layer_scale, row_scale, residual, out, rows, out.stride(0),
+                     _stride(residual), out.stride(0), _per_sample(rows, row_scale), N=width)  # fmt: skip
+
+
+def activate(
+    a: Tensor, w_gate: Tensor, b_gate: Tensor | None, w_up: Tensor | None, b_up: Tensor | None, kept: Tensor | None,
+    hidden: Tensor | None, *, gelu: bool = False,
+) -> None:  # fmt: skip
+    """kept (rows, 2, Fp) = gate and up, hidden (rows, Fp) = silu(gate) * up; with ``gelu`` kept (rows, 1, Fp) = gate
+    and hidden = gelu(gate). Without w_up, w_gate is packed (or the only one). Either output may be None."""
+    rows, depth = a.shape
+    halves = 1 if gelu else 2
+    width = w_gate.shape[0] // (halves if w_up is None else 1)
+    cols = padded(width)
+    if not rows or not width:
+        return
+    if fused(a):
+        if not gelu and w_up is None:
+            w_gate, w_up = w_gate[:width], w_gate[width:]
+            b_gate, b_up = (None, None) if b_gate is None else (b_gate[:width], b_gate[width:])
+        elif w_up is not None and w_up.stride(0) != w_gate.stride(0):
+            w_gate, w_up = w_gate.contiguous(), w_up.contiguous()
+        gate, up = _gate_and_up(kept)
+        launch_tiles(_activate_kernel, a, cols, depth, a, w_gate, w_up, b_gate, b_up, gate, up, hidden, rows,
+                     a.stride(0), w_gate.stride(0), _stride(kept), _stride(hidden), dual=not gelu, GELU=gelu, N=width,
+                     COLS=cols)  # fmt: skip
+        return
+    if kept is None:
+        kept = torch.empty(rows, halves, cols, dtype=a.dtype, device=a.device)
+    weight, bias = _stack_hidden(w_gate, w_up, halves), None
+    if b_gate is not None or b_up is not None:
+        bias = stacked(_parts(b_gate, b_up, w_up, halves), weight[:, 0], cols)
+    multiply(a, weight.t(), kept.view(rows, -1), bias)
+    if hidden is not None:
+        gate, up = _gate_and_up(kept)
+        _launch_rows(_activate_rows_kernel, rows, cols, gate, up, hidden, rows, _stride(kept), _stride(hidden), N=width,
+                     COLS=cols)  # fmt: skip
+
+
+def hidden_gradient(
+    dy: Tensor, w_down: Tensor, kept: Tensor, dkept: Tensor, hidden: Tensor | None, db_gate: Tensor | None,
+    db_up: Tensor | None,
+) -> None:  # fmt: skip
+    """dkept like kept = gradients of gate and up (or of gate before a GELU) for dy of the output, ``hidden`` (where
+    wanted) the activation again, and the gradients (F,) of the biases, where wanted."""
+    rows, (depth, width) = dy.shape[0], w_down.shape
+    cols = kept.shape[2]
+    gate, up = _gate_and_up(kept)
+    dgate, dup = _gate_and_up(dkept)
+    grads = (db_gate, db_up)
+    if fused(dy) and rows:
+        # One partial sum of each bias's gradient for every row of tiles: 1 / BLOCK_M of what the tiles store.
+        partials = [None if g is None else torch.empty(triton.cdiv(rows, 32), width, dtype=torch.float32,
+                                                       device=dy.device) for g in grads]  # fmt: skip
+        weight = padded_columns(w_down)
+        choice = launch_tiles(_hidden_gradient_kernel, dy, cols, depth, dy, weight, gate, up, dgate, dup, hidden,
+                              *partials, rows, dy.stride(0), weight.stride(0), _stride(kept), _stride(dkept),
+                              _stride(hidden), N=width, COLS=cols)  # fmt: skip
+        for partial, grad in zip(partials, grads, strict=True):
+            if partial is not None and grad is not None:
+                column_sums(partial[: triton.cdiv(rows, choice["BLOCK_M"])], grad)
+        return
+    if rows:
+        dhidden = torch.empty(rows, cols, dtype=dy.dtype, device=dy.device)
+        multiply(dy, padded_columns(w_down), dhidden)
+        _launch_rows(_hidden_gradient_rows_kernel, rows, cols, dhidden, gate, up, dgate, dup, hidden, rows,
+                     dhidden.stride(0), _stride(kept), _stride(dkept), _stride(hidden), N=width, COLS=cols)  # fmt: skip
+    hidden_bias_gradients(dkept, grads)
+
+
+def hidden_bias_gradients(dkept: Tensor, grads: Sequence[Tensor | None]) -> None:
+    for d, grad in zip(_gate_and_up(dkept), grads, strict=True):
+        if grad is not None and d is not None:
+            scale_and_sum(d[:, : grad.shape[0]], sums=grad)
+
+
+def hidden_input_gradient(dkept: Tensor, w_gate: Tensor, w_up: Tensor | None) -> Tensor:
+    """dgate w_gate + dup w_up as one product over both, in the dtype of the activations."""
+    rows, halves, cols = dkept.shape
+    dx = torch.empty(rows, w_gate.shape[1], dtype=dkept.dtype, device=dkept.device)
+    return multiply(dkept.view(rows, halves * cols), _stack_hidden(w_gate, w_up, halves), dx)
+
+
+def hidden_weight_gradients(dkept: Tensor, a: Tensor, grads: Sequence[Tensor | None]) -> None:
+    """grads (F, K) = dgate^T a and dup^T a, where wanted; a packed gradient is given as its two halves."""
+    for d, grad in zip(_gate_and_up(dkept), grads, strict=True):
+        if grad is not None and d is not None:
+            multiply(d[:, : grad.shape[0]].t(), a, grad)
+
+
+def _gate_and_up(kept: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    if kept is None:
+        return None, None
+    return kept[:, 0], kept[:, 1] if kept.shape[1] == 2 else None
+
+
+def _parts(gate: Tensor | None, up: Tensor | None, w_up: Tensor | None, halves: int) -> list[Tensor | None]:
+    """The parts of a hidden weight or bias; a packed one is split only where its halves are padded."""
+    if w_up is not None or halves == 1:
+        return [gate, up][:halves]
+    assert gate is not None
+    width = gate.shape[0] // 2
+    return [gate[:width], gate[width:]]
+
+
+def _stack_hidden(w_gate: Tensor, w_up: Tensor | None, halves: int) -> Tensor:
+    """(halves * Fp, K) weights of gate and up with zero rows as padding; a packed weight that needs none is itself."""
+    if w_up is None and w_gate.shape[0] == halves * padded(w_gate.shape[0] // halves):
+        return w_gate
+    parts = _parts(w_gate, w_up, w_up, halves)
+    assert parts[0] is not None
+    return stacked(parts, w_gate, padded(parts[0].shape[0]))
+
+
+# ---- gradients of an output projection -------------------------------------------------------------------------------
+class OutputGradient(NamedTuple):
+    """dy, the gradient of a product a W^T + b; that without the layer scale; the column sums of the latter."""
+
+    dy: Tensor
+    unscaled: Tensor
+    sums: Tensor | None
+
+
+def output_gradient(
+    dout: Tensor, bias: Tensor | None, layer_scale: Tensor | None, row_scale: Tensor | None, needs: Sequence[bool]
+) -> OutputGradient:
+    """What the gradients of row_scale * layer_scale * (a W^T + b) start from; ``needs`` for W, b and layer_scale."""
+    needs_weight, needs_bias, needs_scale = needs
+    dy = unscaled = dout
+    scaled = row_scaled = sums = None
+    if row_scale is not None and (layer_scale is None or needs_weight or needs_scale):
+        unscaled = row_scaled = torch.empty(dout.shape, dtype=dout.dtype, device=dout.device)
+        dy = unscaled
+    if layer_scale is not None:
+        dy = scaled = torch.empty(dout.shape, dtype=dout.dtype, device=dout.device)
+    if bias is not None and (needs_bias or needs_scale):
+        dtype = bias.dtype if layer_scale is None else torch.float32
+        sums = torch.empty(bias.shape, dtype=dtype, device=dout.device)
+    if scaled is not None or row_scaled is not None or sums is not None:
+        scale_and_sum(
+            dout, layer_scale=layer_scale, row_scale=row_scale, scaled=scaled, row_scaled=row_scaled, sums=sums
+        )
+    return OutputGradient(dy, unscaled, sums)
+
+
+def output_parameter_gradients(
+    gradient: OutputGradient, a: Tensor | None, weight: Tensor, bias: Tensor | None, layer_scale: Tensor | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients of weight, bias and layer_scale; ``a``, the product's left operand, is for those of the first and last.
+
+    With G = (row_scale dout)^T a, the weight's is layer_scale G, and the layer scale's is the row sums of W G, plus b
+    times the column sums of row_scale dout: y is not computed again.
+    """
+    needs_weight, needs_bias, needs_scale = needs
+    device = weight.device
+    dweight = torch.empty(weight.shape, dtype=weight.dtype, device=device) if needs_weight else None
+    if layer_scale is None:
+        if dweight is not None:
+            assert a is not None
+            multiply(gradient.dy.t(), a, dweight)
+        return dweight, gradient.sums if needs_bias else None, None
+    dbias = torch.empty(bias.shape, dtype=bias.dtype, device=device) if needs_bias and bias is not None else None
+    dscale = torch.empty(layer_scale.shape, dtype=layer_scale.dtype, device=device) if needs_scale else None
+    product = None
+    if needs_weight or needs_scale:
+        assert a is not None
+        product = multiply_float32(gradient.unscaled.t(), a)
+    width, depth = weight.shape
+    if width and (product is not None or dbias is not None):
+        _triton.launch(_layer_scale_gradient_kernel, (width,), row_pieces(depth), product, weight, bias, layer_scale,
+                       gradient.sums, dweight, dbias, dscale, weight.stride(0), K=depth)  # fmt: skip
+    return dweight, dbias, dscale
