@@ -65,6 +65,36 @@ def silu_and_slope(gate):
 
 
 @triton.jit
+def picked_tokens(idx_ptr, places, there, K, S, limit, FLAT: tl.constexpr):
+    """(sample, token, whether there is one) that entries ``places`` (T,) of an index pick, int64.
+
+    A flat index holds sample * S + token, one (B, K) tokens of its row's sample; entries outside 0..limit - 1 are
+    padding.
+    """
+    index = tl.load(idx_ptr + places, mask=there, other=-1).to(tl.int64)
+    if FLAT:
+        sample = index // S
+        token = index % S
+    else:
+        sample = (places // K).to(tl.int64)
+        token = index
+    return sample, token, (index >= 0) & (index < limit)
+
+
+@triton.jit
+def sum_of_run(x_ptr, order_ptr, begin, end, cols, stride, N: tl.constexpr, BLOCK_M: tl.constexpr,
+               BLOCK_N: tl.constexpr):  # fmt: skip
+    """For each of BLOCK_M runs order[begin:end], the sum of those rows of x, float32, in the order of the run."""
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in range(0, tl.max(end - begin, 0)):
+        there = begin + k < end
+        place = tl.load(order_ptr + begin + k, mask=there, other=0)
+        keep = there[:, None] & (cols < N)[None, :]
+        total += tl.load(x_ptr + row_offsets(place, stride) + cols[None, :], mask=keep, other=0.0).to(tl.float32)
+    return total
+
+
+@triton.jit
 def _column_sums_kernel(partial_ptr, out_ptr, P, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
@@ -108,6 +138,14 @@ def inverse_index(index: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     found, order = torch.sort(index.flatten(), stable=True)
     starts = torch.searchsorted(found, torch.arange(rows + 1, dtype=found.dtype, device=found.device), out_int32=True)
     return order.int(), starts
+
+
+def inverse_token_index(idx: Tensor, batch: int, seq_len: int) -> tuple[Tensor, Tensor]:
+    """:func:`inverse_index` of the tokens that ``idx``, (B, K) or flat (M,), picks; entries out of range are padding."""
+    flat = idx.dim() == 1
+    rows = idx if flat else idx + seq_len * torch.arange(batch, dtype=idx.dtype, device=idx.device)[:, None]
+    padding = (idx < 0) | (idx >= (batch * seq_len if flat else seq_len))
+    return inverse_index(rows.masked_fill(padding, -1).int(), batch * seq_len)
 
 
 @triton.jit
