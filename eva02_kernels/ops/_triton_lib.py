@@ -141,7 +141,7 @@ def inverse_index(index: Tensor, rows: int) -> tuple[Tensor, Tensor]:
 
 
 def inverse_token_index(idx: Tensor, batch: int, seq_len: int) -> tuple[Tensor, Tensor]:
-    """:func:`inverse_index` of the tokens that ``idx``, (B, K) or flat (M,), picks; entries out of range are padding."""
+    """:func:`inverse_index` of the tokens that ``idx`` (B, K) or flat (M,) picks; entries out of range are padding."""
     flat = idx.dim() == 1
     rows = idx if flat else idx + seq_len * torch.arange(batch, dtype=idx.dtype, device=idx.device)[:, None]
     padding = (idx < 0) | (idx >= (batch * seq_len if flat else seq_len))

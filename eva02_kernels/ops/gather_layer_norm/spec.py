@@ -19,6 +19,8 @@ from eva02_kernels.ops._common import (
     norm_magnitude,
     reference_backward,
     statistics,
+    triton_backend,
+    whole_rows_only,
 )
 from eva02_kernels.ops.gather_layer_norm import native
 from eva02_kernels.ops.gather_tokens.reference import gather_tokens_ref
@@ -116,6 +118,7 @@ SPEC = define(
         setup_context=_setup_context,
         backward=_backward,
         backends=(
+            triton_backend("gather_layer_norm", whole_rows_only),
             cpu_backend(native.fwd, native.bwd),
             eager_backend(
                 _eager_fwd,
