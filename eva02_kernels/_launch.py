@@ -66,6 +66,10 @@ COLUMN_SUMS = choice(BLOCK_P=32, BLOCK_N=64, num_warps=4, num_stages=1)
 """The second stage of parameter gradients: sums of (programs, width) over the programs."""
 
 
+ONE_SUM = choice(BLOCK=4096, num_warps=8, num_stages=1)
+"""A single program that sums a vector: one number a row, so that a kernel with more programs would gain little."""
+
+
 @functools.cache
 def pair_chunks(head_dim: int) -> tuple[int, int]:
     """Channel pairs in the one or two tiles of a head: powers of two from 16 on (what a matrix instruction takes)."""

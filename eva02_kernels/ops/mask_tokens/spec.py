@@ -14,6 +14,7 @@ from eva02_kernels.ops._common import (
     check_parameter,
     cpu_backend,
     eager_backend,
+    triton_backend,
 )
 from eva02_kernels.ops.mask_tokens import native
 
@@ -158,7 +159,11 @@ SPEC = define(
         fake_bwd=_fake_bwd,
         setup_context=_setup_context,
         backward=_backward,
-        backends=(cpu_backend(native.fwd, native.bwd), eager_backend(_eager_fwd, _eager_bwd)),
+        backends=(
+            triton_backend("mask_tokens"),
+            cpu_backend(native.fwd, native.bwd),
+            eager_backend(_eager_fwd, _eager_bwd),
+        ),
         samples=_samples,
         saved="mask; the parameters for their shapes (no copy)",
         bytes_moved=lambda patches, *rest: (

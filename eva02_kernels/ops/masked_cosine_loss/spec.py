@@ -16,6 +16,7 @@ from eva02_kernels.ops._common import (
     cpu_backend,
     eager_backend,
     reference_backward,
+    triton_backend,
 )
 from eva02_kernels.ops.masked_cosine_loss import native
 
@@ -124,6 +125,7 @@ SPEC = define(
         setup_context=_setup_context,
         backward=_backward,
         backends=(
+            triton_backend("masked_cosine_loss", native.unsupported),
             cpu_backend(native.fwd, native.bwd, native.unsupported),
             eager_backend(
                 _eager_fwd,
