@@ -65,20 +65,19 @@ def silu_and_slope(gate):
 
 
 @triton.jit
-def picked_tokens(idx_ptr, places, there, K, S, limit, FLAT: tl.constexpr):
-    """(sample, token, whether there is one) that entries ``places`` (T,) of an index pick, int64.
+def picked_tokens(idx_ptr, places, there, K, S, limit, stride, stride_token, FLAT: tl.constexpr):
+    """Offsets, int64, of the tokens that entries ``places`` (T,) of an index pick, and whether they pick one.
 
     A flat index holds sample * S + token, one (B, K) tokens of its row's sample; entries outside 0..limit - 1 are
     padding.
     """
-    index = tl.load(idx_ptr + places, mask=there, other=-1).to(tl.int64)
+    token = tl.load(idx_ptr + places, mask=there, other=-1)
+    picked = (token >= 0) & (token < limit)
+    sample = places // K
     if FLAT:
-        sample = index // S
-        token = index % S
-    else:
-        sample = (places // K).to(tl.int64)
-        token = index
-    return sample, token, (index >= 0) & (index < limit)
+        sample = token // S
+        token = token % S
+    return sample.to(tl.int64) * stride + token.to(tl.int64) * stride_token, picked
 
 
 @triton.jit

@@ -40,17 +40,17 @@ def _gather_layer_norm_fwd_kernel(
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_N)
-    sample, token, picked = picked_tokens(idx_ptr, rows, rows < M, K, S, limit, FLAT)
-    x = row_offsets(sample, stride_x) + row_offsets(token, stride_x_token)
-    x = tl.load(x_ptr + x + cols[None, :], mask=picked[:, None] & (cols < N)[None, :], other=0.0).to(tl.float32)
+    x, picked = picked_tokens(idx_ptr, rows, rows < M, K, S, limit, stride_x, stride_x_token, FLAT)
+    keep = picked[:, None] & (cols < N)[None, :]
+    x = tl.load(x_ptr + x[:, None] + cols[None, :], mask=keep, other=0.0).to(tl.float32)
     mean, rstd = mean_and_rstd(x, (cols < N)[None, :], N, eps, False)
+    tl.store(mean_ptr + rows, tl.where(picked, mean, 0.0), mask=rows < M)
+    tl.store(rstd_ptr + rows, tl.where(picked, rstd, 0.0), mask=rows < M)
     weight = tl.load(weight_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
     out = (x - mean[:, None]) * rstd[:, None] * weight[None, :] + bias[None, :]
     out = tl.where(picked[:, None], out, 0.0).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row_offsets(rows, N) + cols[None, :], out, mask=(rows < M)[:, None] & (cols < N)[None, :])
-    tl.store(mean_ptr + rows, tl.where(picked, mean, 0.0), mask=rows < M)
-    tl.store(rstd_ptr + rows, tl.where(picked, rstd, 0.0), mask=rows < M)
 
 
 @triton.jit(do_not_specialize=["M", "S"])

@@ -29,10 +29,9 @@ def _gather_tokens_kernel(
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    sample, token, picked = picked_tokens(idx_ptr, rows, rows < M, K, S, limit, FLAT)
+    x, picked = picked_tokens(idx_ptr, rows, rows < M, K, S, limit, stride_x, stride_x_token, FLAT)
     keep = picked[:, None] & (cols < N)[None, :]
-    x = row_offsets(sample, stride_x) + row_offsets(token, stride_x_token)
-    out = tl.load(x_ptr + x + cols[None, :], mask=keep, other=0.0)
+    out = tl.load(x_ptr + x[:, None] + cols[None, :], mask=keep, other=0.0)
     tl.store(out_ptr + row_offsets(rows, N) + cols[None, :], out, mask=(rows < M)[:, None] & (cols < N)[None, :])
 
 
