@@ -190,8 +190,11 @@ _DUAL_GEMM_16_BIT_80 = (_tiles(128, 128, 64, 8, 3), _tiles(128, 64, 32, 4, 4), _
 _DUAL_GEMM_32_BIT = (_tiles(128, 64, 32, 8, 3), _tiles(64, 64, 32, 4, 3), _tiles(64, 32, 32, 4, 3))
 
 
-def gemm_choices(rows: int, width: int, dtype: torch.dtype, arch: int, processors: int, *, dual: bool = False) -> Any:
+def gemm_choices(
+    rows: int, width: int, dtype: torch.dtype, arch: int, processors: int, *, dual: bool = False
+) -> tuple[Choice, ...]:
     """Choices for a product of (rows, width), those first whose tiles give every multiprocessor one."""
+    choices: tuple[Choice, ...]
     if dtype == torch.float32:
         choices = _DUAL_GEMM_32_BIT if dual else _GEMM_32_BIT
     elif arch == 80:

@@ -195,6 +195,12 @@ def whole_rows_only(direction: str, args: tuple[Any, ...]) -> Sequence[str]:
     return (f"needs at most {MAX_ROW_WIDTH} columns, got {width}",) if width > MAX_ROW_WIDTH else ()
 
 
+def norm_rows_unsupported(*norms: tuple[int, bool]) -> Sequence[str]:
+    """:func:`whole_rows_only` for (width, whether there is one) of each normalisation of an operator."""
+    width = max((n for n, there in norms if there), default=0)
+    return (f"needs at most {MAX_ROW_WIDTH} normalised columns, got {width}",) if width > MAX_ROW_WIDTH else ()
+
+
 def rows_2d(t: Tensor) -> Tensor:
     """(rows, N) view of t, or a copy where the leading dims have no common stride or the last is strided."""
     if t.dim() != 2:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from eva02_kernels import _launch, _triton
 from eva02_kernels._launch import GROUP_ROWS, Choice, row_pieces
-from eva02_kernels.ops._common import padded
+from eva02_kernels.ops._common import empty_stats, padded
 from eva02_kernels.ops._triton_lib import (
     column_sums,
     dot,
@@ -34,23 +34,20 @@ from eva02_kernels.ops._triton_lib import (
     scale_and_sum,
     silu_and_slope,
 )
+from eva02_kernels.ops.add_layer_norm.triton_kernels import normalise
 
 
 # ---- device functions ------------------------------------------------------------------------------------------------
 @triton.jit
-def tile_of_program(
-    M, COLS: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):  # fmt: skip
-    """(tile row, rows, columns) of this program: GROUP tile rows for a tile column, then the next tile column."""
+def tile_of_program(M, COLS: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(row, column) of this program's tile: GROUP tile rows for a tile column, then the next tile column."""
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n: tl.constexpr = (COLS + BLOCK_N - 1) // BLOCK_N
     program = tl.program_id(0)
     first = program // (GROUP * tiles_n) * GROUP
     height = tl.minimum(tiles_m - first, GROUP)
     within = program % (GROUP * tiles_n)
-    tile_m = first + within % height
-    tile_n = within // height
-    return tile_m, tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    return first + within % height, within // height
 
 
 @triton.jit
@@ -176,7 +173,9 @@ def _project_kernel(
     N: tl.constexpr, COLS: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    _, rows, cols = tile_of_program(M, COLS, GROUP, BLOCK_M, BLOCK_N)
+    tile_m, tile_n = tile_of_program(M, COLS, GROUP, BLOCK_M, BLOCK_N)
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     y, _ = products(a_ptr, b_ptr, None, rows, cols, M, stride_a, stride_b, N, K, True, BLOCK_M, BLOCK_N, BLOCK_K,
                     PRECISION)  # fmt: skip
     y = add_columns(y, bias_ptr, cols, N)
@@ -205,7 +204,9 @@ def _activate_kernel(
     N: tl.constexpr, COLS: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    _, rows, cols = tile_of_program(M, COLS, GROUP, BLOCK_M, BLOCK_N)
+    tile_m, tile_n = tile_of_program(M, COLS, GROUP, BLOCK_M, BLOCK_N)
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     gate, up = products(a_ptr, w_gate_ptr, w_up_ptr, rows, cols, M, stride_a, stride_w, N, K, True, BLOCK_M, BLOCK_N,
                         BLOCK_K, PRECISION)  # fmt: skip
     gate = add_columns(gate, b_gate_ptr, cols, N)
@@ -246,7 +247,9 @@ def _hidden_gradient_kernel(
     N: tl.constexpr, COLS: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    tile_m, rows, cols = tile_of_program(M, COLS, GROUP, BLOCK_M, BLOCK_N)
+    tile_m, tile_n = tile_of_program(M, COLS, GROUP, BLOCK_M, BLOCK_N)
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     dhidden, _ = products(a_ptr, b_ptr, None, rows, cols, M, stride_a, stride_b, COLS, K, False, BLOCK_M, BLOCK_N,
                           BLOCK_K, PRECISION)  # fmt: skip
     dgate, dup = _activation_gradient(dhidden, rows, cols, M, gate_ptr, up_ptr, dgate_ptr, dup_ptr, hidden_ptr,
@@ -358,11 +361,11 @@ def stacked(parts: Sequence[Tensor | None], like: Tensor, width: int) -> Tensor:
     return out.view(-1, *like.shape[1:])
 
 
-def multiply(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None) -> Tensor:
-    """out = a b [+ bias]: cuBLAS, rounded once."""
-    if bias is None:
+def multiply(a: Tensor, b: Tensor, out: Tensor, add: Tensor | None = None) -> Tensor:
+    """out = a b [+ a bias (N,) or a matrix]: cuBLAS, rounded once."""
+    if add is None:
         return torch.mm(a, b, out=out)
-    return torch.addmm(bias.to(a.dtype), a, b, out=out)
+    return torch.addmm(add.to(a.dtype), a, b, out=out)
 
 
 def multiply_float32(a: Tensor, b: Tensor) -> Tensor:
@@ -395,8 +398,8 @@ def project(
 
 
 def activate(
-    a: Tensor, w_gate: Tensor, b_gate: Tensor | None, w_up: Tensor | None, b_up: Tensor | None, kept: Tensor | None,
-    hidden: Tensor | None, *, gelu: bool = False,
+    a: Tensor, w_gate: Tensor, b_gate: Tensor | None, w_up: Tensor | None, b_up: Tensor | None, *,
+    kept: Tensor | None, hidden: Tensor | None, gelu: bool = False,
 ) -> None:  # fmt: skip
     """kept (rows, 2, Fp) = gate and up, hidden (rows, Fp) = silu(gate) * up; with ``gelu`` kept (rows, 1, Fp) = gate
     and hidden = gelu(gate). Without w_up, w_gate is packed (or the only one). Either output may be None."""
@@ -466,16 +469,26 @@ def hidden_bias_gradients(dkept: Tensor, grads: Sequence[Tensor | None]) -> None
             scale_and_sum(d[:, : grad.shape[0]], sums=grad)
 
 
-def hidden_input_gradient(dkept: Tensor, w_gate: Tensor, w_up: Tensor | None) -> Tensor:
-    """dgate w_gate + dup w_up as one product over both, in the dtype of the activations."""
+def hidden_input_gradient(
+    dkept: Tensor, w_gate: Tensor, w_up: Tensor | None, *, add: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:  # fmt: skip
+    """dgate w_gate + dup w_up [+ add] as one product over both, in the dtype of the activations."""
     rows, halves, cols = dkept.shape
-    dx = torch.empty(rows, w_gate.shape[1], dtype=dkept.dtype, device=dkept.device)
-    return multiply(dkept.view(rows, halves * cols), _stack_hidden(w_gate, w_up, halves), dx)
+    out = torch.empty(rows, w_gate.shape[1], dtype=dkept.dtype, device=dkept.device) if out is None else out
+    return multiply(dkept.view(rows, halves * cols), _stack_hidden(w_gate, w_up, halves), out, add)
 
 
-def hidden_weight_gradients(dkept: Tensor, a: Tensor, grads: Sequence[Tensor | None]) -> None:
-    """grads (F, K) = dgate^T a and dup^T a, where wanted; a packed gradient is given as its two halves."""
-    for d, grad in zip(_gate_and_up(dkept), grads, strict=True):
+def hidden_weight_gradients(
+    dkept: Tensor, a: Tensor, dw_gate: Tensor | None, dw_up: Tensor | None, *, packed: bool = False
+) -> None:  # fmt: skip
+    """dw_gate = dgate^T a and dw_up = dup^T a, where wanted; a packed dw_gate is of both."""
+    rows, halves, cols = dkept.shape
+    if packed and dw_gate is not None:
+        if dw_gate.shape[0] == halves * cols:
+            multiply(dkept.view(rows, halves * cols).t(), a, dw_gate)
+            return
+        dw_gate, dw_up = dw_gate.chunk(2)
+    for d, grad in zip(_gate_and_up(dkept), (dw_gate, dw_up), strict=True):
         if grad is not None and d is not None:
             multiply(d[:, : grad.shape[0]].t(), a, grad)
 
@@ -502,6 +515,23 @@ def _stack_hidden(w_gate: Tensor, w_up: Tensor | None, halves: int) -> Tensor:
     parts = _parts(w_gate, w_up, w_up, halves)
     assert parts[0] is not None
     return stacked(parts, w_gate, padded(parts[0].shape[0]))
+
+
+# ---- LayerNorm before a projection --------------------------------------------------------------------------------
+def normed_input(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, pre_norm: bool, *,
+    statistics: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:  # fmt: skip
+    """LayerNorm of rows x where there is one before the projection; it is not kept, backward computes it again.
+
+    ``statistics``: where mean and rstd go, if they are wanted.
+    """
+    if not pre_norm:
+        return x
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    mean, rstd = statistics or (empty_stats(x, x.shape[0]), empty_stats(x, x.shape[0]))
+    normalise(x, weight, bias, eps, out, mean, rstd)
+    return out
 
 
 # ---- gradients of an output projection -------------------------------------------------------------------------------

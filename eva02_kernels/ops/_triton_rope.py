@@ -61,7 +61,7 @@ def patch_of_token(keep_idx_ptr, token, there, sequence, prefix, num_kept):
 @triton.jit
 def load_cos_sin(
     cos_ptr, sin_ptr, grids_ptr, keep_idx_ptr, token, there, sequence, head, prefix, num_kept, height, width,
-    table_stride, FIRST: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr, AXIS: tl.constexpr, SWAP: tl.constexpr,
+    table_rows, FIRST: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr, AXIS: tl.constexpr, SWAP: tl.constexpr,
     PER_HEAD: tl.constexpr,
 ):  # fmt: skip
     """Cosines and sines (T, PAIRS) float32 of pairs FIRST.. for tokens (T,) of one sequence; 1 and 0 in the prefix.
@@ -78,21 +78,54 @@ def load_cos_sin(
             columns = tl.maximum(tl.load(grids_ptr + 2 * sequence + 1), 1)
         row = patch // columns
         column = height + patch - row * columns
-        on_first = (pair < quarter)[None, :]
+        # A remainder and a select of whole lines keep the address arithmetic provably contiguous: wide loads.
+        first, second = row, column
         if SWAP:
-            line = tl.where(on_first, column[:, None], row[:, None])
-        else:
-            line = tl.where(on_first, row[:, None], column[:, None])
-        index = line * quarter + tl.where(on_first, pair[None, :], pair[None, :] - quarter)
+            first, second = column, row
+        line = tl.where((pair < quarter)[None, :], first[:, None], second[:, None])
+        index = line * quarter + (pair % quarter)[None, :]
     else:
         index = patch[:, None] * HALF + pair[None, :]
     if PER_HEAD:
-        table = tl.cast(head, tl.int64) * table_stride
+        table = tl.cast(head, tl.int64) * table_rows * (HALF // 2 if AXIS else HALF)
     else:
-        table = tl.cast(sequence, tl.int64) * table_stride
+        table = tl.cast(sequence, tl.int64) * table_rows * (HALF // 2 if AXIS else HALF)
     keep = (there & (token >= prefix))[:, None] & (pair < HALF)[None, :]
     cos = tl.load(cos_ptr + table + index, mask=keep, other=1.0)
     sin = tl.load(sin_ptr + table + index, mask=keep, other=0.0)
+    return cos, sin
+
+
+@triton.jit
+def load_cos_sin_of_tile(
+    cos_ptr, sin_ptr, grids_ptr, keep_idx_ptr, token, there, sequence, pair, head, rotated, prefix, num_kept, height,
+    width, table_rows, HALF: tl.constexpr, AXIS: tl.constexpr, SWAP: tl.constexpr, PER_HEAD: tl.constexpr,
+):  # fmt: skip
+    """:func:`load_cos_sin` (T, P) for rows that are tokens of several sequences and columns that are pairs of several
+    heads: token, there and sequence are (T,), pair, head and rotated (P,). 1 and 0 where a column is not rotated."""
+    patch = patch_of_token(keep_idx_ptr, token, there, sequence, prefix, num_kept)
+    if AXIS:
+        quarter: tl.constexpr = HALF // 2
+        columns = width
+        if grids_ptr is not None:
+            columns = tl.maximum(tl.load(grids_ptr + 2 * sequence + 1, mask=there, other=1), 1)
+        row = patch // columns
+        column = height + patch - row * columns
+        first, second = row, column
+        if SWAP:
+            first, second = column, row
+        line = tl.where((pair < quarter)[None, :], first[:, None], second[:, None])
+        index = line * quarter + (pair % quarter)[None, :]
+    else:
+        index = patch[:, None] * HALF + pair[None, :]
+    entries: tl.constexpr = HALF // 2 if AXIS else HALF
+    if PER_HEAD:
+        index = index + (head.to(tl.int64) * table_rows * entries)[None, :]
+    else:
+        index = index + (sequence.to(tl.int64) * table_rows * entries)[:, None]
+    keep = (there & (token >= prefix))[:, None] & rotated[None, :]
+    cos = tl.load(cos_ptr + index, mask=keep, other=1.0)
+    sin = tl.load(sin_ptr + index, mask=keep, other=0.0)
     return cos, sin
 
 
@@ -106,7 +139,7 @@ def unrotate(a, b, cos, sin):
     return a * cos + b * sin, b * cos - a * sin
 
 
-ROPE_INTEGERS = ["prefix", "num_kept", "height", "width", "table_stride"]
+ROPE_INTEGERS = ["prefix", "num_kept", "height", "width", "table_rows"]
 """Kernel arguments whose values must not make another kernel: for ``do_not_specialize``."""
 
 
@@ -125,6 +158,6 @@ def rope_arguments(rope: RopeArgs) -> tuple[tuple[Any, ...], tuple[int, ...], di
     height, width = (max(1, n) for n in rope.grid[:2]) if rope.grid else (1, 1)  # an empty grid divides nothing
     grids = None if rope.grids is None else rope.grids.contiguous()
     # A table of three dims holds one for each sequence, sample or head.
-    table_stride = cos[0].numel() if cos.dim() == 3 and cos.shape[0] else 0
-    integers = (rope.num_prefix_tokens, 0 if keep_idx is None else keep_idx.shape[1], height, width, table_stride)
+    table_rows = cos.shape[1] if cos.dim() == 3 else 0
+    integers = (rope.num_prefix_tokens, 0 if keep_idx is None else keep_idx.shape[1], height, width, table_rows)
     return (cos, sin, grids, keep_idx), integers, constants

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,10 +20,12 @@ from eva02_kernels.ops._common import (
     empty_stats,
     layer_norm_ref,
     linear_ref,
+    norm_rows_unsupported,
     num_rows,
     padded,
     scale_and_add_ref,
     statistics,
+    triton_backend,
 )
 from eva02_kernels.ops.add_layer_norm.spec import check_scales
 from eva02_kernels.ops.gelu_mlp import native
@@ -102,6 +105,11 @@ def _backward(ctx: Any, dout: Tensor, *_: None) -> list[Tensor | None]:
     return input_gradients(ctx, torch.ops.eva02_kernels.gelu_mlp_bwd.default, dout, _PLACES)
 
 
+def _triton_unsupported(direction: str, args: tuple[Any, ...]) -> Sequence[str]:
+    x, *rest = args if direction == "fwd" else args[4:]
+    return norm_rows_unsupported((x.shape[-1], rest[7]))
+
+
 def _samples() -> list[Sample]:
     def make(
         *lead: int,
@@ -171,6 +179,7 @@ SPEC = define(
         setup_context=save_mlp,
         backward=_backward,
         backends=(
+            triton_backend("gelu_mlp", _triton_unsupported, error_multiple=native.ERROR_MULTIPLE),
             cpu_backend(native.fwd, native.bwd, native.unsupported, error_multiple=native.ERROR_MULTIPLE),
             eager_backend(_eager_fwd, _eager_bwd),
         ),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,8 +20,10 @@ from eva02_kernels.ops._common import (
     empty_stats,
     layer_norm_ref,
     linear_ref,
+    norm_rows_unsupported,
     num_rows,
     statistics,
+    triton_backend,
 )
 from eva02_kernels.ops.qkv_rope import native
 from eva02_kernels.ops.rope_attention.spec import attention_inputs
@@ -152,6 +155,11 @@ def _backward(ctx: Any, dqkv: Tensor, *_: None) -> list[Tensor | None]:
     return input_gradients(ctx, torch.ops.eva02_kernels.qkv_rope_bwd.default, dqkv, _PLACES)
 
 
+def _triton_unsupported(direction: str, args: tuple[Any, ...]) -> Sequence[str]:
+    x, *rest = args if direction == "fwd" else args[4:]
+    return norm_rows_unsupported((x.shape[-1], rest[native.NUM_PARAMETERS + 1]))
+
+
 def _samples() -> list[Sample]:
     def make(
         width: int, *, split: bool = False, bias: str = "qv", pre_norm: bool = True, kv: int | None = None, **case: Any
@@ -222,7 +230,11 @@ SPEC = define(
         fake_bwd=_fake_bwd,
         setup_context=_setup_context,
         backward=_backward,
-        backends=(cpu_backend(native.fwd, native.bwd), eager_backend(_eager_fwd, _eager_bwd)),
+        backends=(
+            triton_backend("qkv_rope", _triton_unsupported),
+            cpu_backend(native.fwd, native.bwd),
+            eager_backend(_eager_fwd, _eager_bwd),
+        ),
         samples=_samples,
         saved="x, weights, biases; mean, rstd (rows,) float32; qkv only when a dense table trains",
         bytes_moved=_bytes,

@@ -1,0 +1,132 @@
+"""Triton kernels of swiglu_mlp: products and their epilogues are ``ops/_triton_gemm.py``, the sub-LN subln_swiglu's.
+
+Fused: without a sub-LN SwiGLU behind the product of gate and up, and its gradient (with the hidden layer again, and
+the biases' sums) behind backward's first product; with one, one pass over whole rows between the products each way.
+Layer scale, drop path and residual are the epilogue of the last product, the pre-norm is one pass before the first.
+Bytes: forward writes and reads the normed x, gate and up (kept, unless recompute; without a sub-LN nothing reads them)
+and the hidden layer, and reads x again as the residual. Backward reads gate and up once, writes their gradients and
+the hidden layer once; products read them from there.
+Launch: see ``_triton_gemm``. Numerics: float32 inside each kernel; normed x, gate, up, the hidden layer and their
+gradients are rounded once each. Limits: 16,384 columns under a normalisation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eva02_kernels.ops._common import (
+    contiguous,
+    empty_like_needed,
+    empty_stats,
+    padded,
+    present,
+    rows_2d,
+    view_2d,
+)
+from eva02_kernels.ops._triton_gemm import (
+    activate,
+    hidden_bias_gradients,
+    hidden_gradient,
+    hidden_input_gradient,
+    hidden_weight_gradients,
+    multiply,
+    normed_input,
+    output_gradient,
+    output_parameter_gradients,
+    padded_columns,
+    project,
+)
+from eva02_kernels.ops.add_layer_norm.triton_kernels import norm_backward
+from eva02_kernels.ops.subln_swiglu import triton_kernels as subln
+from eva02_kernels.ops.swiglu_mlp.native import empty_outputs, hidden_width
+
+
+def _subln(
+    kept: Tensor, weight: Tensor, bias: Tensor | None, eps: float, hidden: Tensor, mean: Tensor, rstd: Tensor
+) -> None:  # fmt: skip
+    bias = torch.zeros_like(weight) if bias is None else bias.contiguous()
+    subln.forward(kept[:, 0], kept[:, 1], weight.contiguous(), bias, eps, hidden, mean, rstd, cols=kept.shape[2])
+
+
+def fwd(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    w_gate, b_gate, w_up, b_up, w_down, b_down, norm_weight, norm_bias, eps, *pre = args[:13]
+    layer_scale, row_scale, add_x = args[13:16]
+    outputs = empty_outputs(x, args)
+    out, kept, mean, rstd, pre_mean, pre_rstd = outputs
+    if not out.numel():
+        return outputs
+    x2, cols = rows_2d(x), padded(hidden_width(w_gate, w_up))
+    rows = x2.shape[0]
+    normed = normed_input(x2, *pre, statistics=(pre_mean, pre_rstd))
+    hidden = torch.empty(rows, cols, dtype=x.dtype, device=x.device)
+    b_gate, b_up, b_down, layer_scale, row_scale = contiguous(b_gate, b_up, b_down, layer_scale, row_scale)
+    weights: Any = (rows_2d(w_gate), b_gate, None if w_up is None else rows_2d(w_up), b_up)
+    if norm_weight is None:
+        activate(normed, *weights, kept=kept if kept.numel() else None, hidden=hidden)
+    else:
+        gate_up = kept if kept.numel() else torch.empty(rows, 2, cols, dtype=x.dtype, device=x.device)
+        activate(normed, *weights, kept=gate_up, hidden=None)
+        _subln(gate_up, norm_weight, norm_bias, eps, hidden, mean, rstd)
+    project(hidden, padded_columns(rows_2d(w_down)), b_down, view_2d(out), layer_scale=layer_scale,
+            row_scale=row_scale, residual=x2 if add_x else None)  # fmt: skip
+    return outputs
+
+
+def bwd(
+    dout: Tensor, kept: Tensor, mean: Tensor, rstd: Tensor, pre_mean: Tensor, pre_rstd: Tensor, x: Tensor, *args: Any
+) -> list[Tensor]:  # fmt: skip
+    *inputs, needs = args
+    w_gate, b_gate, w_up, b_up, w_down, b_down, norm_weight, norm_bias, eps, *pre = inputs[:13]
+    layer_scale, row_scale, add_x = inputs[13:16]
+    pre_weight, pre_bias, _, pre_norm = pre
+    grads = empty_like_needed((x, *inputs[:4], None, None, None, None, pre_weight, pre_bias, None), needs)
+    dx, dw_gate, db_gate, dw_up, db_up = grads[:5]
+    dpre_weight, dpre_bias = grads[9:11]
+    if not dout.numel():
+        return [t.new_zeros(t.shape) for t, need in
+                zip((x, *inputs[:8], pre_weight, pre_bias, layer_scale), needs, strict=True) if need]  # fmt: skip
+    x2, dout2, packed = rows_2d(x), rows_2d(dout), w_up is None
+    rows, cols = x2.shape[0], padded(hidden_width(w_gate, w_up))
+    w_gate, w_down, w_up = rows_2d(w_gate), rows_2d(w_down), None if w_up is None else rows_2d(w_up)
+    b_gate, b_up, b_down, layer_scale, row_scale = contiguous(b_gate, b_up, b_down, layer_scale, row_scale)
+
+    normed = normed_input(x2, *pre) if dw_gate is not None or dw_up is not None or not kept.numel() else x2
+    if not kept.numel():
+        kept = torch.empty(rows, 2, cols, dtype=x.dtype, device=x.device)
+        activate(normed, w_gate, b_gate, w_up, b_up, kept=kept, hidden=None)
+    needs_out = (needs[5], needs[6], needs[11])
+    gradient = output_gradient(dout2, b_down, layer_scale, row_scale, needs_out)
+    hidden = None
+    if needs[5] or needs[11]:
+        hidden = torch.empty(rows, cols, dtype=x.dtype, device=x.device)
+    dkept = torch.empty(kept.shape, dtype=x.dtype, device=x.device)
+    bias_grads = db_gate.chunk(2) if packed and db_gate is not None else (db_gate, db_up)
+    if norm_weight is None:
+        hidden_gradient(gradient.dy, w_down, kept, dkept, hidden, *bias_grads)
+    else:
+        norm_weight = norm_weight.contiguous()
+        dhidden = torch.empty(rows, cols, dtype=x.dtype, device=x.device)
+        multiply(gradient.dy, padded_columns(w_down), dhidden)
+        norm_grads = iter(subln.backward(dhidden, kept[:, 0], kept[:, 1], norm_weight, norm_bias, mean, rstd,
+                                         dkept[:, 0], dkept[:, 1], needs[7:9], cols=cols))  # fmt: skip
+        for i in (7, 8):
+            if needs[i] and inputs[i - 1] is not None:
+                grads[i] = next(norm_grads)
+        if hidden is not None:
+            _subln(kept, norm_weight, norm_bias, eps, hidden, empty_stats(x, rows), empty_stats(x, rows))
+        hidden_bias_gradients(dkept, bias_grads)
+    grads[5], grads[6], grads[11] = output_parameter_gradients(
+        gradient, None if hidden is None else hidden[:, : w_down.shape[1]], w_down, b_down, layer_scale, needs_out
+    )
+    hidden_weight_gradients(dkept, normed, dw_gate, dw_up, packed=packed)
+    residual = dout2 if add_x else None
+    if not pre_norm and dx is not None:
+        hidden_input_gradient(dkept, w_gate, w_up, add=residual, out=view_2d(dx))
+    elif dx is not None or dpre_weight is not None or dpre_bias is not None:
+        dnormed = hidden_input_gradient(dkept, w_gate, w_up)
+        norm_backward(dnormed, x2, pre_mean, pre_rstd, pre_weight, None if dx is None else view_2d(dx),
+                      dresidual=residual, dweight=dpre_weight, dbias=dpre_bias)  # fmt: skip
+    return present(grads)
