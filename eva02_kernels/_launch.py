@@ -85,49 +85,44 @@ def pair_chunks(head_dim: int) -> tuple[int, int]:
 
 
 # ---- attention -------------------------------------------------------------------------------------------------------
-def attention_fwd(dtype: torch.dtype, head_dim: int, arch: int) -> tuple[Choice, ...]:
-    """BLOCK_M queries by BLOCK_N keys."""
-    if dtype == torch.float32:
-        return (choice(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=1),)
-    if head_dim <= 64:
-        return (
-            choice(BLOCK_M=128, BLOCK_N=64, num_warps=4, num_stages=2),
-            choice(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2),
-            choice(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2),
-        )
-    return (
-        choice(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2),
-        choice(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2),
-        choice(BLOCK_M=128, BLOCK_N=32, num_warps=4, num_stages=2),
-    )
+# BLOCK_M queries by BLOCK_N keys, for heads that take tiles of up to 64, 96 and 128 channels. Each was the largest
+# without spilled registers among those compiled for compute capability 8.0; rotated tiles are computed in registers,
+# which is what limits them.
+_ATTENTION = {
+    "fwd": {
+        64: (choice(4, 2, BLOCK_M=64, BLOCK_N=64), choice(8, 2, BLOCK_M=128, BLOCK_N=64)),
+        96: (choice(4, 2, BLOCK_M=64, BLOCK_N=32), choice(4, 1, BLOCK_M=64, BLOCK_N=64)),
+        128: (choice(8, 2, BLOCK_M=64, BLOCK_N=32), choice(4, 1, BLOCK_M=32, BLOCK_N=64)),
+    },
+    "dq": {
+        64: (choice(4, 2, BLOCK_M=64, BLOCK_N=32), choice(8, 2, BLOCK_M=128, BLOCK_N=32)),
+        96: (choice(4, 2, BLOCK_M=64, BLOCK_N=32), choice(4, 1, BLOCK_M=32, BLOCK_N=64)),
+        128: (choice(8, 2, BLOCK_M=64, BLOCK_N=32), choice(4, 1, BLOCK_M=32, BLOCK_N=32)),
+    },
+    "dkdv": {
+        64: (choice(4, 2, BLOCK_M=32, BLOCK_N=64), choice(8, 2, BLOCK_M=32, BLOCK_N=128)),
+        96: (choice(4, 1, BLOCK_M=16, BLOCK_N=64), choice(8, 1, BLOCK_M=16, BLOCK_N=128)),
+        128: (choice(8, 1, BLOCK_M=16, BLOCK_N=128), choice(4, 1, BLOCK_M=32, BLOCK_N=32)),
+    },
+}
+# float32 products without TF32 have no matrix instruction: operands are in registers too.
+_ATTENTION_FLOAT32 = {
+    64: choice(8, 1, BLOCK_M=32, BLOCK_N=32),
+    96: choice(8, 1, BLOCK_M=32, BLOCK_N=32),
+    128: choice(4, 1, BLOCK_M=16, BLOCK_N=16),
+}
 
 
-def attention_dq(dtype: torch.dtype, head_dim: int, arch: int) -> tuple[Choice, ...]:
-    if dtype == torch.float32:
-        return (choice(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=1),)
-    if head_dim <= 64:
-        return (
-            choice(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2),
-            choice(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2),
-        )
-    return (
-        choice(BLOCK_M=64, BLOCK_N=64, num_warps=8, num_stages=2),
-        choice(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2),
-    )
+def attention_chunks(dtype: torch.dtype, head_dim: int) -> tuple[int, int]:
+    """Channel pairs of the tiles of a head; smaller ones for float32, whose products hold their operands."""
+    first, second = pair_chunks(head_dim)
+    return (32, 32) if dtype == torch.float32 and first == 64 else (first, second)
 
 
-def attention_dkdv(dtype: torch.dtype, head_dim: int, arch: int) -> tuple[Choice, ...]:
-    if dtype == torch.float32:
-        return (choice(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=1),)
-    if head_dim <= 64:
-        return (
-            choice(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2),
-            choice(BLOCK_M=64, BLOCK_N=128, num_warps=8, num_stages=2),
-        )
-    return (
-        choice(BLOCK_M=64, BLOCK_N=64, num_warps=8, num_stages=2),
-        choice(BLOCK_M=32, BLOCK_N=64, num_warps=4, num_stages=2),
-    )
+def attention(kernel: str, dtype: torch.dtype, head_dim: int) -> tuple[Choice, ...]:
+    """Choices of rope_attention's kernel ``"fwd"``, ``"dq"`` or ``"dkdv"``."""
+    channels = next(n for n in (64, 96, 128) if head_dim <= n)
+    return (_ATTENTION_FLOAT32[channels],) if dtype == torch.float32 else _ATTENTION[kernel][channels]
 
 
 @functools.cache

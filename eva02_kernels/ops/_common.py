@@ -222,11 +222,6 @@ def halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
     return packed[:, :width], packed[:, width:]
 
 
-def dense_heads(t: Tensor) -> Tensor:
-    """t, or a copy of it where its last dim is strided; other strides are the kernel's to follow."""
-    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
-
-
 def statistics(x: Tensor, eps: float, *, rms: bool = False) -> tuple[Tensor, Tensor]:
     """(mean, rstd) float32 (rows,) of the last dim; for RMS the mean is empty."""
     rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(num_rows(x), x.shape[-1])

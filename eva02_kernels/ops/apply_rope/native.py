@@ -7,19 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eva02_kernels.ops._common import contiguous
-
-
-def _last_dense(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+from eva02_kernels.ops._common import contiguous, last_dense
 
 
 def rotate(x: Tensor, rope: tuple[Any, ...], *, inverse: bool, out: Tensor | None = None) -> Tensor:
     """x (B, S, H, D) rotated, or rotated back; ``out`` may be x itself."""
     out = torch.empty(x.shape, dtype=x.dtype) if out is None else out
-    torch.ops.eva02_kernels_C.apply_rope_fwd_cpu.default(
-        _last_dense(x), *contiguous(*rope[:2]), *rope[2:], inverse, out
-    )
+    torch.ops.eva02_kernels_C.apply_rope_fwd_cpu.default(last_dense(x), *contiguous(*rope[:2]), *rope[2:], inverse, out)
     return out
 
 
@@ -27,7 +21,7 @@ def table_gradients(dout: Tensor, x: Tensor, rope: tuple[Any, ...]) -> tuple[Ten
     """Gradients of a dense table's cosines and sines, given the unrotated x."""
     dcos, dsin = (torch.empty(t.shape, dtype=t.dtype) for t in rope[:2])
     torch.ops.eva02_kernels_C.apply_rope_table_grad_cpu.default(
-        _last_dense(dout), _last_dense(x), *contiguous(*rope[:2]), *rope[2:], dcos, dsin
+        last_dense(dout), last_dense(x), *contiguous(*rope[:2]), *rope[2:], dcos, dsin
     )
     return dcos, dsin
 

@@ -36,7 +36,7 @@ from eva02_kernels.rope import RopeArgs
 @triton.jit(do_not_specialize=["S", *ROPE_INTEGERS])
 def _rotate_kernel(
     x_ptr, out_ptr, cos_ptr, sin_ptr, grids_ptr, keep_idx_ptr, cu_seqlens_ptr, S, stride_x, stride_x_token,
-    stride_x_head, stride_out, stride_out_token, stride_out_head, prefix, num_kept, height, width, table_stride,
+    stride_x_head, stride_out, stride_out_token, stride_out_head, prefix, num_kept, height, width, table_rows,
     H: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, INTERLEAVED: tl.constexpr,
     AXIS: tl.constexpr, SWAP: tl.constexpr, PER_HEAD: tl.constexpr, INVERSE: tl.constexpr,
     ALIGN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -57,13 +57,13 @@ def _rotate_kernel(
         if not PER_HEAD:  # the heads share their angles
             cos, sin = load_cos_sin(
                 cos_ptr, sin_ptr, grids_ptr, keep_idx_ptr, token, there, sequence, 0, prefix, num_kept, height, width,
-                table_stride, chunk * PAIRS, REST if chunk else PAIRS, HALF, AXIS, SWAP, PER_HEAD,
+                table_rows, chunk * PAIRS, REST if chunk else PAIRS, HALF, AXIS, SWAP, PER_HEAD,
             )  # fmt: skip
         for head in range(first_head, tl.minimum(first_head + BLOCK_H, H)):
             if PER_HEAD:
                 cos, sin = load_cos_sin(
                     cos_ptr, sin_ptr, grids_ptr, keep_idx_ptr, token, there, sequence, head, prefix, num_kept, height,
-                    width, table_stride, chunk * PAIRS, REST if chunk else PAIRS, HALF, AXIS, SWAP, PER_HEAD,
+                    width, table_rows, chunk * PAIRS, REST if chunk else PAIRS, HALF, AXIS, SWAP, PER_HEAD,
                 )  # fmt: skip
             x = tl.multiple_of(x_tokens + tl.cast(head, tl.int64) * stride_x_head, [ALIGN, ALIGN])
             out = tl.multiple_of(out_tokens + tl.cast(head, tl.int64) * stride_out_head, [ALIGN, ALIGN])

@@ -7,18 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from eva02_kernels.ops._common import contiguous, empty_like_needed, empty_stats, present
-
-
-def _last_dense(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+from eva02_kernels.ops._common import contiguous, empty_like_needed, empty_stats, last_dense, present
 
 
 def fwd(x: Tensor, idx: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     out = torch.empty(*idx.shape, x.shape[-1], dtype=x.dtype)
     mean, rstd = empty_stats(x, idx.numel()), empty_stats(x, idx.numel())
     torch.ops.eva02_kernels_C.gather_layer_norm_fwd_cpu.default(
-        _last_dense(x), *contiguous(idx, weight, bias), eps, out, mean, rstd
+        last_dense(x), *contiguous(idx, weight, bias), eps, out, mean, rstd
     )
     return out, mean, rstd
 
@@ -36,6 +32,6 @@ def bwd(
 ) -> list[Tensor]:
     grads = empty_like_needed((x, weight, bias), needs)
     torch.ops.eva02_kernels_C.gather_layer_norm_bwd_cpu.default(
-        dout.contiguous(), _last_dense(x), *contiguous(idx, weight), mean, rstd, *grads
+        dout.contiguous(), last_dense(x), *contiguous(idx, weight), mean, rstd, *grads
     )
     return present(grads)

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from eva02_kernels.ops._common import last_dense
+
 
 def gather(x: Tensor, idx: Tensor) -> Tensor:
     out = torch.empty(*idx.shape, x.shape[-1], dtype=x.dtype)
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    torch.ops.eva02_kernels_C.gather_tokens_fwd_cpu.default(x, idx.contiguous(), out)
+    torch.ops.eva02_kernels_C.gather_tokens_fwd_cpu.default(last_dense(x), idx.contiguous(), out)
     return out
 
 

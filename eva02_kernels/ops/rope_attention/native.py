@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eva02_kernels.ops._common import last_dense
 from eva02_kernels.ops.rope_attention.reference import split_packed
 from eva02_kernels.rope import NUM_ROPE_ARGS
 
@@ -15,10 +16,6 @@ from eva02_kernels.rope import NUM_ROPE_ARGS
 # they do in the reference, which keeps the probabilities. The largest excess over the rule's plain bounds seen in the
 # contract suite is 1.55 (dq and dk at few keys, forward and backward on different backends).
 ERROR_MULTIPLE = 2.0
-
-
-def _dense_heads(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def _kernel_args(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -34,7 +31,7 @@ def fwd(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     *batch, tokens, heads, _ = q.shape
     lse = torch.empty(*batch, heads, tokens, dtype=torch.float32)
     torch.ops.eva02_kernels_C.rope_attention_fwd_cpu.default(
-        _dense_heads(q), _dense_heads(k), _dense_heads(v), *_kernel_args(args), out, lse
+        last_dense(q), last_dense(k), last_dense(v), *_kernel_args(args), out, lse
     )
     return out, lse
 
@@ -63,8 +60,8 @@ def _gradients(
         for t, need in ((q_norm, needs_q_norm), (k_norm, needs_k_norm))
     ]
     torch.ops.eva02_kernels_C.rope_attention_bwd_cpu.default(
-        _dense_heads(dout),
-        *(_dense_heads(t) for t in qkv),
+        last_dense(dout),
+        *(last_dense(t) for t in qkv),
         out,
         lse,
         *_kernel_args(args),

@@ -14,6 +14,7 @@ Limits: head dims 4..128 in steps of 4, channels of a head contiguous; a head is
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -24,8 +25,8 @@ from torch import Tensor
 
 from eva02_kernels import _launch, _triton
 from eva02_kernels._launch import Choice
-from eva02_kernels.ops._common import dense_heads
-from eva02_kernels.ops._triton_lib import column_sums, dot
+from eva02_kernels.ops._common import last_dense
+from eva02_kernels.ops._triton_lib import INTERPRETED, column_sums, dot
 from eva02_kernels.ops._triton_rope import (
     ROPE_INTEGERS,
     load_cos_sin,
@@ -76,6 +77,23 @@ def _interleave(a, b):
 
 
 @triton.jit
+def _first(a, b):
+    return a
+
+
+@triton.jit
+def _stay(x):
+    """x, computed once by the threads that loaded it and then shared.
+
+    Otherwise the compiler moves the layout of a matrix instruction's operand up to the load, where every warp needs all
+    of the other operand's tile: each would rotate the whole tile. A reduction of one element ends that search.
+    """
+    if not INTERPRETED:
+        x = tl.reduce(x[:, :, None], 2, _first)
+    return x
+
+
+@triton.jit
 def _split(x):
     return tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
 
@@ -90,7 +108,7 @@ def _norm_weight(norm_ptr, FIRST: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.co
 @triton.jit
 def _load_prepared(
     ptr, offsets, token, exists, sequence, head, norm_ptr, norm_eps,
-    cos_ptr, sin_ptr, grids_ptr, keep_idx_ptr, prefix, num_kept, height, width, table_stride,
+    cos_ptr, sin_ptr, grids_ptr, keep_idx_ptr, prefix, num_kept, height, width, table_rows,
     P0: tl.constexpr, P1: tl.constexpr, HALF: tl.constexpr, ROTATE: tl.constexpr, INTERLEAVED: tl.constexpr,
     AXIS: tl.constexpr, SWAP: tl.constexpr, PER_HEAD: tl.constexpr,
 ):  # fmt: skip
@@ -122,24 +140,24 @@ def _load_prepared(
                 b1 *= rstd * wb
         if ROTATE:
             cos, sin = load_cos_sin(cos_ptr, sin_ptr, grids_ptr, keep_idx_ptr, token, exists, sequence, head, prefix,
-                                    num_kept, height, width, table_stride, 0, P0, HALF, AXIS, SWAP, PER_HEAD)  # fmt: skip
+                                    num_kept, height, width, table_rows, 0, P0, HALF, AXIS, SWAP, PER_HEAD)  # fmt: skip
             a0, b0 = rotate(a0, b0, cos, sin)
             if P1 > 0:
                 cos, sin = load_cos_sin(cos_ptr, sin_ptr, grids_ptr, keep_idx_ptr, token, exists, sequence, head,
-                                        prefix, num_kept, height, width, table_stride, P0, P1, HALF, AXIS, SWAP,
+                                        prefix, num_kept, height, width, table_rows, P0, P1, HALF, AXIS, SWAP,
                                         PER_HEAD)  # fmt: skip
                 a1, b1 = rotate(a1, b1, cos, sin)
-        x0 = _interleave(a0.to(dtype), b0.to(dtype))
+        x0 = _stay(_interleave(a0.to(dtype), b0.to(dtype)))
         x1 = x0
         if P1 > 0:
-            x1 = _interleave(a1.to(dtype), b1.to(dtype))
+            x1 = _stay(_interleave(a1.to(dtype), b1.to(dtype)))
     return x0, x1
 
 
 @triton.jit
 def _store_gradient(
     ptr, offsets, dx0, dx1, x_ptr, x_offsets, token, exists, sequence, head, norm_ptr, norm_eps, dnorm_ptr,
-    cos_ptr, sin_ptr, grids_ptr, keep_idx_ptr, prefix, num_kept, height, width, table_stride,
+    cos_ptr, sin_ptr, grids_ptr, keep_idx_ptr, prefix, num_kept, height, width, table_rows,
     P0: tl.constexpr, P1: tl.constexpr, HALF: tl.constexpr, ROTATE: tl.constexpr, INTERLEAVED: tl.constexpr,
     AXIS: tl.constexpr, SWAP: tl.constexpr, PER_HEAD: tl.constexpr,
 ):  # fmt: skip
@@ -157,11 +175,11 @@ def _store_gradient(
             a1, b1 = _split(dx1)
         if ROTATE:
             cos, sin = load_cos_sin(cos_ptr, sin_ptr, grids_ptr, keep_idx_ptr, token, exists, sequence, head, prefix,
-                                    num_kept, height, width, table_stride, 0, P0, HALF, AXIS, SWAP, PER_HEAD)  # fmt: skip
+                                    num_kept, height, width, table_rows, 0, P0, HALF, AXIS, SWAP, PER_HEAD)  # fmt: skip
             a0, b0 = unrotate(a0, b0, cos, sin)
             if P1 > 0:
                 cos, sin = load_cos_sin(cos_ptr, sin_ptr, grids_ptr, keep_idx_ptr, token, exists, sequence, head,
-                                        prefix, num_kept, height, width, table_stride, P0, P1, HALF, AXIS, SWAP,
+                                        prefix, num_kept, height, width, table_rows, P0, P1, HALF, AXIS, SWAP,
                                         PER_HEAD)  # fmt: skip
                 a1, b1 = unrotate(a1, b1, cos, sin)
         if norm_ptr is not None:
@@ -210,6 +228,15 @@ def _store_gradient(
 
 # ---- where a program works -------------------------------------------------------------------------------------------
 @triton.jit
+def _again(block, turns):
+    """``block``, in a form that the compiler cannot tell from a new number, after a loop that counted ``turns``.
+
+    What is computed from it is computed then, instead of being kept in registers since before the loop.
+    """
+    return block + (turns < 0).to(tl.int32)
+
+
+@triton.jit
 def _sequence_bounds(cu_seqlens_ptr, sequence, seq_len):
     """(first token, sample, length): packed sequences are one sample, others start their own."""
     first = 0
@@ -223,10 +250,14 @@ def _sequence_bounds(cu_seqlens_ptr, sequence, seq_len):
 
 
 @triton.jit
-def _head_offsets(token, first, sample, head, stride_b, stride_s, stride_h):
-    """Element offsets (T, 1) of a head's tokens."""
-    base = tl.cast(sample, tl.int64) * stride_b + tl.cast(head, tl.int64) * stride_h
-    return base + (first + token).to(tl.int64)[:, None] * stride_s
+def _head_of(ptr, first, sample, head, stride_b, UNIT: tl.constexpr, STRIDES: tl.constexpr):
+    """Pointer to a head of a sequence's first token; within a sequence offsets are int32.
+
+    STRIDES, of a token and a head, are a model's and constants: the compiler must see that heads of 88 channels are
+    aligned to 16 bytes. ``stride_b``, of a sample, varies with the length and counts UNIT elements.
+    """
+    offset = tl.cast(sample, tl.int64) * stride_b * UNIT + tl.cast(head, tl.int64) * STRIDES[1]
+    return ptr + offset + tl.cast(first, tl.int64) * STRIDES[0]
 
 
 @triton.jit
@@ -241,16 +272,20 @@ def _allowed(query, key, length, mask_ptr, sample, seq_len, CAUSAL: tl.constexpr
     return allowed
 
 
-_RUN_TIME = ["seq_len", "heads", "group", "stride_lse_b", "stride_lse_h", *ROPE_INTEGERS]
+_RUN_TIME = [
+    *(f"stride_{t}b" for t in ("q", "k", "v", "o", "g", "dq", "dk", "dv")), "stride_lse_b", "stride_lse_h",
+    "seq_len", "heads", "group", *ROPE_INTEGERS,
+]  # fmt: skip
 
 
 # ---- kernels ---------------------------------------------------------------------------------------------------------
 @triton.jit(do_not_specialize=_RUN_TIME)
 def _rope_attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, mask_ptr, cu_seqlens_ptr, q_norm_ptr, k_norm_ptr,
-    cos_ptr, sin_ptr, grids_ptr, keep_idx_ptr, prefix, num_kept, height, width, table_stride,
-    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
-    stride_ob, stride_os, stride_oh, stride_lse_b, stride_lse_h, seq_len, heads, group, scale, norm_eps,
+    cos_ptr, sin_ptr, grids_ptr, keep_idx_ptr, prefix, num_kept, height, width, table_rows,
+    stride_qb, stride_kb, stride_vb, stride_ob, stride_lse_b, stride_lse_h, seq_len, heads, group, scale, norm_eps,
+    Q_STRIDES: tl.constexpr, K_STRIDES: tl.constexpr, V_STRIDES: tl.constexpr, O_STRIDES: tl.constexpr,
+    UNIT: tl.constexpr,
     P0: tl.constexpr, P1: tl.constexpr, HALF: tl.constexpr, ROTATE: tl.constexpr, INTERLEAVED: tl.constexpr,
     AXIS: tl.constexpr, SWAP: tl.constexpr, PER_HEAD: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -263,11 +298,11 @@ def _rope_attention_fwd_kernel(
     if block * BLOCK_M >= length:
         return
     query = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    offsets = _head_offsets(query, first, sample, head, stride_qb, stride_qs, stride_qh)
+    q_head = _head_of(q_ptr, first, sample, head, stride_qb, UNIT, Q_STRIDES)
     q0, q1 = _load_prepared(
-        q_ptr, offsets, query, query < length, sequence, head, q_norm_ptr, norm_eps, cos_ptr, sin_ptr, grids_ptr,
-        keep_idx_ptr, prefix, num_kept, height, width, table_stride, P0, P1, HALF, ROTATE, INTERLEAVED, AXIS, SWAP,
-        PER_HEAD,
+        q_head, query[:, None] * Q_STRIDES[0], query, query < length, sequence, head, q_norm_ptr, norm_eps,
+        cos_ptr, sin_ptr, grids_ptr, keep_idx_ptr, prefix, num_kept, height, width, table_rows,
+        P0, P1, HALF, ROTATE, INTERLEAVED, AXIS, SWAP, PER_HEAD,
     )  # fmt: skip
     scale2 = tl.cast(scale, tl.float32) * LOG2_E
     largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -282,11 +317,11 @@ def _rope_attention_fwd_kernel(
     for start in range(0, end, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
         exists = key < length
-        offsets = _head_offsets(key, first, sample, head // group, stride_kb, stride_ks, stride_kh)
+        k_head = _head_of(k_ptr, first, sample, head // group, stride_kb, UNIT, K_STRIDES)
         k0, k1 = _load_prepared(
-            k_ptr, offsets, key, exists, sequence, head // group, k_norm_ptr, norm_eps, cos_ptr, sin_ptr, grids_ptr,
-            keep_idx_ptr, prefix, num_kept, height, width, table_stride, P0, P1, HALF, ROTATE, INTERLEAVED, AXIS, SWAP,
-            PER_HEAD,
+            k_head, key[:, None] * K_STRIDES[0], key, exists, sequence, head // group, k_norm_ptr, norm_eps,
+            cos_ptr, sin_ptr, grids_ptr, keep_idx_ptr, prefix, num_kept, height, width, table_rows,
+            P0, P1, HALF, ROTATE, INTERLEAVED, AXIS, SWAP, PER_HEAD,
         )  # fmt: skip
         scores = dot(q0, tl.trans(k0), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
         if P1 > 0:
@@ -299,15 +334,16 @@ def _rope_attention_fwd_kernel(
         fade = tl.exp2(largest - shift)
         total = total * fade + tl.sum(p, 1)
         largest = now
-        offsets = _head_offsets(key, first, sample, head // group, stride_vb, stride_vs, stride_vh)
-        v0, v1 = _load_head(v_ptr, offsets, exists[:, None], P0, P1, HALF)
+        v_head = _head_of(v_ptr, first, sample, head // group, stride_vb, UNIT, V_STRIDES)
+        v0, v1 = _load_head(v_head, key[:, None] * V_STRIDES[0], exists[:, None], P0, P1, HALF)
         acc0 = dot(p.to(v0.dtype), v0, acc0 * fade[:, None], PRECISION)
         if P1 > 0:
             acc1 = dot(p.to(v1.dtype), v1, acc1 * fade[:, None], PRECISION)
     # A query without keys: out 0, lse -inf.
     share = (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
-    offsets = _head_offsets(query, first, sample, head, stride_ob, stride_os, stride_oh)
-    _store_head(out_ptr, offsets, acc0 * share, acc1 * share, (query < length)[:, None], P0, P1, HALF)
+    out_head = _head_of(out_ptr, first, sample, head, stride_ob, UNIT, O_STRIDES)
+    exists = (query < length)[:, None]
+    _store_head(out_head, query[:, None] * O_STRIDES[0], acc0 * share, acc1 * share, exists, P0, P1, HALF)
     lse = largest * LN_2 + tl.log(tl.where(total == 0.0, 1.0, total))
     at = tl.cast(sample, tl.int64) * stride_lse_b + tl.cast(head, tl.int64) * stride_lse_h + first
     tl.store(lse_ptr + at + query, lse, mask=query < length)
@@ -317,10 +353,11 @@ def _rope_attention_fwd_kernel(
 def _rope_attention_bwd_dq_kernel(
     dout_ptr, out_ptr, lse_ptr, delta_ptr, q_ptr, k_ptr, v_ptr, dq_ptr, dnorm_ptr, mask_ptr, cu_seqlens_ptr,
     q_norm_ptr, k_norm_ptr,
-    cos_ptr, sin_ptr, grids_ptr, keep_idx_ptr, prefix, num_kept, height, width, table_stride,
-    stride_gb, stride_gs, stride_gh, stride_ob, stride_os, stride_oh,
-    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
-    stride_dqb, stride_dqs, stride_dqh, stride_lse_b, stride_lse_h, seq_len, heads, group, scale, norm_eps,
+    cos_ptr, sin_ptr, grids_ptr, keep_idx_ptr, prefix, num_kept, height, width, table_rows,
+    stride_gb, stride_ob, stride_qb, stride_kb, stride_vb, stride_dqb, stride_lse_b, stride_lse_h, seq_len, heads,
+    group, scale, norm_eps,
+    G_STRIDES: tl.constexpr, O_STRIDES: tl.constexpr, Q_STRIDES: tl.constexpr, K_STRIDES: tl.constexpr,
+    V_STRIDES: tl.constexpr, DQ_STRIDES: tl.constexpr, UNIT: tl.constexpr,
     P0: tl.constexpr, P1: tl.constexpr, HALF: tl.constexpr, ROTATE: tl.constexpr, INTERLEAVED: tl.constexpr,
     AXIS: tl.constexpr, SWAP: tl.constexpr, PER_HEAD: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -336,16 +373,16 @@ def _rope_attention_bwd_dq_kernel(
         return
     query = block * BLOCK_M + tl.arange(0, BLOCK_M)
     exists = query < length
-    q_offsets = _head_offsets(query, first, sample, head, stride_qb, stride_qs, stride_qh)
+    q_head = _head_of(q_ptr, first, sample, head, stride_qb, UNIT, Q_STRIDES)
     q0, q1 = _load_prepared(
-        q_ptr, q_offsets, query, exists, sequence, head, q_norm_ptr, norm_eps, cos_ptr, sin_ptr, grids_ptr,
-        keep_idx_ptr, prefix, num_kept, height, width, table_stride, P0, P1, HALF, ROTATE, INTERLEAVED, AXIS, SWAP,
-        PER_HEAD,
+        q_head, query[:, None] * Q_STRIDES[0], query, exists, sequence, head, q_norm_ptr, norm_eps,
+        cos_ptr, sin_ptr, grids_ptr, keep_idx_ptr, prefix, num_kept, height, width, table_rows,
+        P0, P1, HALF, ROTATE, INTERLEAVED, AXIS, SWAP, PER_HEAD,
     )  # fmt: skip
-    offsets = _head_offsets(query, first, sample, head, stride_gb, stride_gs, stride_gh)
-    g0, g1 = _load_head(dout_ptr, offsets, exists[:, None], P0, P1, HALF)
-    offsets = _head_offsets(query, first, sample, head, stride_ob, stride_os, stride_oh)
-    o0, o1 = _load_head(out_ptr, offsets, exists[:, None], P0, P1, HALF)
+    dout_head = _head_of(dout_ptr, first, sample, head, stride_gb, UNIT, G_STRIDES)
+    g0, g1 = _load_head(dout_head, query[:, None] * G_STRIDES[0], exists[:, None], P0, P1, HALF)
+    out_head = _head_of(out_ptr, first, sample, head, stride_ob, UNIT, O_STRIDES)
+    o0, o1 = _load_head(out_head, query[:, None] * O_STRIDES[0], exists[:, None], P0, P1, HALF)
     delta = tl.sum(o0.to(tl.float32) * g0.to(tl.float32), 1)
     if P1 > 0:
         delta += tl.sum(o1.to(tl.float32) * g1.to(tl.float32), 1)
@@ -361,16 +398,18 @@ def _rope_attention_bwd_dq_kernel(
     end = length
     if CAUSAL:
         end = tl.minimum(length, (block + 1) * BLOCK_M)
+    turns = seq_len
     for start in range(0, end, BLOCK_N):
+        turns += 1
         key = start + tl.arange(0, BLOCK_N)
-        offsets = _head_offsets(key, first, sample, head // group, stride_kb, stride_ks, stride_kh)
+        k_head = _head_of(k_ptr, first, sample, head // group, stride_kb, UNIT, K_STRIDES)
         k0, k1 = _load_prepared(
-            k_ptr, offsets, key, key < length, sequence, head // group, k_norm_ptr, norm_eps, cos_ptr, sin_ptr,
-            grids_ptr, keep_idx_ptr, prefix, num_kept, height, width, table_stride, P0, P1, HALF, ROTATE, INTERLEAVED,
-            AXIS, SWAP, PER_HEAD,
+            k_head, key[:, None] * K_STRIDES[0], key, key < length, sequence, head // group, k_norm_ptr, norm_eps,
+            cos_ptr, sin_ptr, grids_ptr, keep_idx_ptr, prefix, num_kept, height, width, table_rows,
+            P0, P1, HALF, ROTATE, INTERLEAVED, AXIS, SWAP, PER_HEAD,
         )  # fmt: skip
-        offsets = _head_offsets(key, first, sample, head // group, stride_vb, stride_vs, stride_vh)
-        v0, v1 = _load_head(v_ptr, offsets, (key < length)[:, None], P0, P1, HALF)
+        v_head = _head_of(v_ptr, first, sample, head // group, stride_vb, UNIT, V_STRIDES)
+        v0, v1 = _load_head(v_head, key[:, None] * V_STRIDES[0], (key < length)[:, None], P0, P1, HALF)
         zeros = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         scores = dot(q0, tl.trans(k0), zeros, PRECISION)
         dp = dot(g0, tl.trans(v0), zeros, PRECISION)
@@ -384,10 +423,14 @@ def _rope_attention_bwd_dq_kernel(
         if P1 > 0:
             dq1 = dot(ds, k1, dq1, PRECISION)
     scale = tl.cast(scale, tl.float32)
-    offsets = _head_offsets(query, first, sample, head, stride_dqb, stride_dqs, stride_dqh)
+    query = _again(block, turns) * BLOCK_M + tl.arange(0, BLOCK_M)
+    exists = query < length
+    q_head = _head_of(q_ptr, first, sample, head, stride_qb, UNIT, Q_STRIDES)
+    dq_head = _head_of(dq_ptr, first, sample, head, stride_dqb, UNIT, DQ_STRIDES)
     _store_gradient(
-        dq_ptr, offsets, dq0 * scale, dq1 * scale, q_ptr, q_offsets, query, exists, sequence, head, q_norm_ptr,
-        norm_eps, dnorm_ptr, cos_ptr, sin_ptr, grids_ptr, keep_idx_ptr, prefix, num_kept, height, width, table_stride,
+        dq_head, query[:, None] * DQ_STRIDES[0], dq0 * scale, dq1 * scale, q_head, query[:, None] * Q_STRIDES[0],
+        query, exists, sequence, head, q_norm_ptr, norm_eps, dnorm_ptr,
+        cos_ptr, sin_ptr, grids_ptr, keep_idx_ptr, prefix, num_kept, height, width, table_rows,
         P0, P1, HALF, ROTATE, INTERLEAVED, AXIS, SWAP, PER_HEAD,
     )  # fmt: skip
 
@@ -396,11 +439,11 @@ def _rope_attention_bwd_dq_kernel(
 def _rope_attention_bwd_dkdv_kernel(
     dout_ptr, lse_ptr, delta_ptr, q_ptr, k_ptr, v_ptr, dk_ptr, dv_ptr, dnorm_ptr, mask_ptr, cu_seqlens_ptr,
     q_norm_ptr, k_norm_ptr,
-    cos_ptr, sin_ptr, grids_ptr, keep_idx_ptr, prefix, num_kept, height, width, table_stride,
-    stride_gb, stride_gs, stride_gh,
-    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
-    stride_dkb, stride_dks, stride_dkh, stride_dvb, stride_dvs, stride_dvh,
-    stride_lse_b, stride_lse_h, seq_len, heads, group, scale, norm_eps,
+    cos_ptr, sin_ptr, grids_ptr, keep_idx_ptr, prefix, num_kept, height, width, table_rows,
+    stride_gb, stride_qb, stride_kb, stride_vb, stride_dkb, stride_dvb, stride_lse_b, stride_lse_h, seq_len, heads,
+    group, scale, norm_eps,
+    G_STRIDES: tl.constexpr, Q_STRIDES: tl.constexpr, K_STRIDES: tl.constexpr, V_STRIDES: tl.constexpr,
+    DK_STRIDES: tl.constexpr, DV_STRIDES: tl.constexpr, UNIT: tl.constexpr,
     P0: tl.constexpr, P1: tl.constexpr, HALF: tl.constexpr, ROTATE: tl.constexpr, INTERLEAVED: tl.constexpr,
     AXIS: tl.constexpr, SWAP: tl.constexpr, PER_HEAD: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -417,14 +460,14 @@ def _rope_attention_bwd_dkdv_kernel(
         return
     key = block * BLOCK_N + tl.arange(0, BLOCK_N)
     exists = key < length
-    k_offsets = _head_offsets(key, first, sample, kv_head, stride_kb, stride_ks, stride_kh)
+    k_head = _head_of(k_ptr, first, sample, kv_head, stride_kb, UNIT, K_STRIDES)
     k0, k1 = _load_prepared(
-        k_ptr, k_offsets, key, exists, sequence, kv_head, k_norm_ptr, norm_eps, cos_ptr, sin_ptr, grids_ptr,
-        keep_idx_ptr, prefix, num_kept, height, width, table_stride, P0, P1, HALF, ROTATE, INTERLEAVED, AXIS, SWAP,
-        PER_HEAD,
+        k_head, key[:, None] * K_STRIDES[0], key, exists, sequence, kv_head, k_norm_ptr, norm_eps,
+        cos_ptr, sin_ptr, grids_ptr, keep_idx_ptr, prefix, num_kept, height, width, table_rows,
+        P0, P1, HALF, ROTATE, INTERLEAVED, AXIS, SWAP, PER_HEAD,
     )  # fmt: skip
-    offsets = _head_offsets(key, first, sample, kv_head, stride_vb, stride_vs, stride_vh)
-    v0, v1 = _load_head(v_ptr, offsets, exists[:, None], P0, P1, HALF)
+    v_head = _head_of(v_ptr, first, sample, kv_head, stride_vb, UNIT, V_STRIDES)
+    v0, v1 = _load_head(v_head, key[:, None] * V_STRIDES[0], exists[:, None], P0, P1, HALF)
     scale2 = tl.cast(scale, tl.float32) * LOG2_E
     dk0 = tl.zeros([BLOCK_N, 2 * P0], tl.float32)
     dv0 = dk0
@@ -436,43 +479,50 @@ def _rope_attention_bwd_dkdv_kernel(
     begin = 0
     if CAUSAL:
         begin = (block * BLOCK_N) // BLOCK_M * BLOCK_M
+    turns = seq_len
     for head in range(kv_head * group, (kv_head + 1) * group):
         at = tl.cast(sample, tl.int64) * stride_lse_b + tl.cast(head, tl.int64) * stride_lse_h + first
         for start in range(begin, length, BLOCK_M):
+            turns += 1
             query = start + tl.arange(0, BLOCK_M)
-            offsets = _head_offsets(query, first, sample, head, stride_qb, stride_qs, stride_qh)
+            q_head = _head_of(q_ptr, first, sample, head, stride_qb, UNIT, Q_STRIDES)
             q0, q1 = _load_prepared(
-                q_ptr, offsets, query, query < length, sequence, head, q_norm_ptr, norm_eps, cos_ptr, sin_ptr,
-                grids_ptr, keep_idx_ptr, prefix, num_kept, height, width, table_stride, P0, P1, HALF, ROTATE,
-                INTERLEAVED, AXIS, SWAP, PER_HEAD,
+                q_head, query[:, None] * Q_STRIDES[0], query, query < length, sequence, head, q_norm_ptr, norm_eps,
+                cos_ptr, sin_ptr, grids_ptr, keep_idx_ptr, prefix, num_kept, height, width, table_rows,
+                P0, P1, HALF, ROTATE, INTERLEAVED, AXIS, SWAP, PER_HEAD,
             )  # fmt: skip
-            offsets = _head_offsets(query, first, sample, head, stride_gb, stride_gs, stride_gh)
-            g0, g1 = _load_head(dout_ptr, offsets, (query < length)[:, None], P0, P1, HALF)
-            lse = tl.load(lse_ptr + at + query, mask=query < length, other=float("inf"))
-            lse = tl.where(lse == float("-inf"), float("inf"), lse) * LOG2_E
-            delta = tl.load(delta_ptr + at + query, mask=query < length, other=0.0)
-            zeros = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-            scores = dot(k0, tl.trans(q0), zeros, PRECISION)
-            dp = dot(v0, tl.trans(g0), zeros, PRECISION)
+            dout_head = _head_of(dout_ptr, first, sample, head, stride_gb, UNIT, G_STRIDES)
+            scores = dot(k0, tl.trans(q0), tl.zeros([BLOCK_N, BLOCK_M], tl.float32), PRECISION)
             if P1 > 0:
                 scores = dot(k1, tl.trans(q1), scores, PRECISION)
-                dp = dot(v1, tl.trans(g1), dp, PRECISION)
             allowed = _allowed(query[None, :], key[:, None], length, mask_ptr, sample, seq_len, CAUSAL)
+            lse = tl.load(lse_ptr + at + query, mask=query < length, other=float("inf"))
+            lse = tl.where(lse == float("-inf"), float("inf"), lse) * LOG2_E
             p = tl.exp2(tl.where(allowed, scores * scale2 - lse[None, :], float("-inf")))
+            g0, g1 = _load_head(dout_head, query[:, None] * G_STRIDES[0], (query < length)[:, None], P0, P1, HALF)
+            g0 = _stay(g0)
+            dp = dot(v0, tl.trans(g0), tl.zeros([BLOCK_N, BLOCK_M], tl.float32), PRECISION)
+            dv0 = dot(p.to(g0.dtype), g0, dv0, PRECISION)
+            if P1 > 0:
+                g1 = _stay(g1)
+                dp = dot(v1, tl.trans(g1), dp, PRECISION)
+                dv1 = dot(p.to(g1.dtype), g1, dv1, PRECISION)
+            delta = tl.load(delta_ptr + at + query, mask=query < length, other=0.0)
             ds = (p * (dp - delta[None, :])).to(q0.dtype)
-            p = p.to(g0.dtype)
-            dv0 = dot(p, g0, dv0, PRECISION)
             dk0 = dot(ds, q0, dk0, PRECISION)
             if P1 > 0:
-                dv1 = dot(p, g1, dv1, PRECISION)
                 dk1 = dot(ds, q1, dk1, PRECISION)
     scale = tl.cast(scale, tl.float32)
-    offsets = _head_offsets(key, first, sample, kv_head, stride_dvb, stride_dvs, stride_dvh)
-    _store_head(dv_ptr, offsets, dv0, dv1, exists[:, None], P0, P1, HALF)
-    offsets = _head_offsets(key, first, sample, kv_head, stride_dkb, stride_dks, stride_dkh)
+    key = _again(block, turns) * BLOCK_N + tl.arange(0, BLOCK_N)
+    exists = key < length
+    k_head = _head_of(k_ptr, first, sample, kv_head, stride_kb, UNIT, K_STRIDES)
+    dv_head = _head_of(dv_ptr, first, sample, kv_head, stride_dvb, UNIT, DV_STRIDES)
+    _store_head(dv_head, key[:, None] * DV_STRIDES[0], dv0, dv1, exists[:, None], P0, P1, HALF)
+    dk_head = _head_of(dk_ptr, first, sample, kv_head, stride_dkb, UNIT, DK_STRIDES)
     _store_gradient(
-        dk_ptr, offsets, dk0 * scale, dk1 * scale, k_ptr, k_offsets, key, exists, sequence, kv_head, k_norm_ptr,
-        norm_eps, dnorm_ptr, cos_ptr, sin_ptr, grids_ptr, keep_idx_ptr, prefix, num_kept, height, width, table_stride,
+        dk_head, key[:, None] * DK_STRIDES[0], dk0 * scale, dk1 * scale, k_head, key[:, None] * K_STRIDES[0], key,
+        exists, sequence, kv_head, k_norm_ptr, norm_eps, dnorm_ptr,
+        cos_ptr, sin_ptr, grids_ptr, keep_idx_ptr, prefix, num_kept, height, width, table_rows,
         P0, P1, HALF, ROTATE, INTERLEAVED, AXIS, SWAP, PER_HEAD,
     )  # fmt: skip
 
@@ -497,7 +547,7 @@ def _prepare(q: Tensor, args: tuple[Any, ...]) -> _Call:
     mask, cu_seqlens, max_seqlen, causal, scale, q_norm, k_norm, norm_eps = args[NUM_ROPE_ARGS:]
     tensors, integers, constants = rope_arguments(rope)
     head_dim, heads = q.shape[-1], q.shape[-2]
-    p0, p1 = _launch.pair_chunks(head_dim)
+    p0, p1 = _launch.attention_chunks(q.dtype, head_dim)
     constants |= {"P0": p0, "P1": p1, "HALF": head_dim // 2, "CAUSAL": causal,
                   "PRECISION": _triton.dot_precision(q.dtype)}  # fmt: skip
     if cu_seqlens is None:
@@ -512,9 +562,15 @@ def _prepare(q: Tensor, args: tuple[Any, ...]) -> _Call:
                  (scale, norm_eps), constants, sequences, longest, key)  # fmt: skip
 
 
-def _strides(*tensors: Tensor) -> tuple[int, ...]:
-    """(batch, token, head) strides of each; packed sequences (T, H, D) are one sample."""
-    return tuple(s for t in tensors for s in (t.stride() if t.dim() == 4 else (0, *t.stride()))[:3])
+def _strides(**tensors: Tensor) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """Strides of a sample in units, and as constants the unit and the (token, head) strides of each tensor.
+
+    Packed sequences (T, H, D) are one sample.
+    """
+    samples = [t.stride(0) if t.dim() == 4 else 0 for t in tensors.values()]
+    unit = math.gcd(8, *samples)
+    constants: dict[str, Any] = {f"{name.upper()}_STRIDES": t.stride()[-3:-1] for name, t in tensors.items()}
+    return tuple(s // unit for s in samples), {**constants, "UNIT": unit}
 
 
 def _grid(call: _Call, heads: int, block: int) -> tuple[int]:
@@ -527,17 +583,18 @@ def fwd(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     lse = torch.empty(*batch, heads, tokens, dtype=torch.float32, device=q.device)
     if not out.numel():
         return out, lse.fill_(float("-inf"))
-    q, k, v = (dense_heads(t) for t in (q, k, v))
+    q, k, v = (last_dense(t) for t in (q, k, v))
     call = _prepare(q, args)
+    strides, constants = _strides(q=q, k=k, v=v, o=out)
 
     def run(choice: Choice) -> None:
         _triton.launch(
             _rope_attention_fwd_kernel, _grid(call, heads, choice["BLOCK_M"]), choice,
             q, k, v, out, lse, *call.masks, *call.norms, *call.table,
-            *_strides(q, k, v, out), *call.sizes, heads, heads // k.shape[-2], *call.scalars, **call.constants,
+            *strides, *call.sizes, heads, heads // k.shape[-2], *call.scalars, **call.constants, **constants,
         )  # fmt: skip
 
-    choices = _launch.attention_fwd(q.dtype, head_dim, _triton.architecture(q.device))
+    choices = _launch.attention("fwd", q.dtype, head_dim)
     run(_triton.tuned(("attention_fwd", *call.key), choices, run))
     return out, lse
 
@@ -574,13 +631,14 @@ def _gradients(
         wanted = [t for t, need in zip((rope.cos, rope.sin, q_norm, k_norm), needs, strict=True) if need]
         return [torch.zeros_like(t) for t in wanted]
     needs_table = needs_cos or needs_sin
-    dout, q, k, v = (dense_heads(t) for t in (dout, q, k, v))
+    dout, q, k, v = (last_dense(t) for t in (dout, q, k, v))
     call = _prepare(q, args)
     heads, kv_heads, head_dim = q.shape[-2], k.shape[-2], q.shape[-1]
-    arch = _triton.architecture(q.device)
     # The gradients of a table are sums over the unrounded gradients of q and k.
     to_q, to_k = (torch.empty(t.shape, device=t.device) if needs_table else t for t in (dq, dk))
     delta = torch.empty_like(lse)
+    dq_strides, dq_constants = _strides(g=dout, o=out, q=q, k=k, v=v, dq=to_q)
+    dkdv_strides, dkdv_constants = _strides(g=dout, q=q, k=k, v=v, dk=to_k, dv=dv)
     shared = (*call.masks, *call.norms, *call.table)
     norm_partials: list[Tensor | None] = [None, None]
 
@@ -589,8 +647,8 @@ def _gradients(
         norm_partials[0] = _partials(q_norm, needs_q_norm, grid[0])
         _triton.launch(
             _rope_attention_bwd_dq_kernel, grid, choice, dout, out, lse, delta, q, k, v, to_q, norm_partials[0],
-            *shared, *_strides(dout, out, q, k, v, to_q), *call.sizes, heads, heads // kv_heads, *call.scalars,
-            **call.constants,
+            *shared, *dq_strides, *call.sizes, heads, heads // kv_heads, *call.scalars, **call.constants,
+            **dq_constants,
         )  # fmt: skip
 
     def run_dkdv(choice: Choice) -> None:
@@ -598,16 +656,21 @@ def _gradients(
         norm_partials[1] = _partials(k_norm, needs_k_norm, grid[0])
         _triton.launch(
             _rope_attention_bwd_dkdv_kernel, grid, choice, dout, lse, delta, q, k, v, to_k, dv, norm_partials[1],
-            *shared, *_strides(dout, q, k, v, to_k, dv), *call.sizes, kv_heads, heads // kv_heads, *call.scalars,
-            **call.constants,
+            *shared, *dkdv_strides, *call.sizes, kv_heads, heads // kv_heads, *call.scalars, **call.constants,
+            **dkdv_constants,
         )  # fmt: skip
 
-    run_dq(_triton.tuned(("attention_dq", *call.key), _launch.attention_dq(q.dtype, head_dim, arch), run_dq))
-    run_dkdv(_triton.tuned(("attention_dkdv", *call.key), _launch.attention_dkdv(q.dtype, head_dim, arch), run_dkdv))
+    run_dq(_triton.tuned(("attention_dq", *call.key), _launch.attention("dq", q.dtype, head_dim), run_dq))
+    run_dkdv(_triton.tuned(("attention_dkdv", *call.key), _launch.attention("dkdv", q.dtype, head_dim), run_dkdv))
     found: list[Tensor] = []
     if needs_table:
         from eva02_kernels.ops.apply_rope import triton_kernels as apply_rope
-        sums = [apply_rope.table_gradients(apply_rope.rotate(d, rope), x, rope) for d, x in ((to_q, q), (to_k, k))]
+
+        packed = {"cu_seqlens": call.masks[1]}
+        sums = []
+        for d, x in ((to_q, q), (to_k, k)):
+            rotated = apply_rope.rotate(d, rope, inverse=False, out=d.clone(), max_seqlen=call.longest, **packed)
+            sums.append(apply_rope.table_gradients(rotated, x, rope, **packed))
         dcos, dsin = (a + b for a, b in zip(*sums, strict=True))
         found += [dcos] * needs_cos + [dsin] * needs_sin
         dq.copy_(to_q)

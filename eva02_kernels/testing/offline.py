@@ -1,0 +1,202 @@
+"""Compile Triton kernels for any GPU without one, by calling operators on CPU tensors, and read what was compiled.
+
+``with compiling(90) as kernels: rope_attention(...)`` runs launchers as they are: every kernel they would launch is
+compiled for that architecture with the block sizes and specialisations of a real call. Nothing is computed; the
+outputs hold anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from eva02_kernels import _triton
+
+ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
+AMD = {942: "gfx942"}
+# Shared memory a block can have and a multiprocessor has, registers and threads of a multiprocessor, by compute
+# capability: CUDA C++ Programming Guide, table of technical specifications.
+LIMITS = {
+    75: (65536, 65536, 65536, 1024),
+    80: (166912, 167936, 65536, 2048),
+    86: (101376, 102400, 65536, 1536),
+    89: (101376, 102400, 65536, 1536),
+    90: (232448, 233472, 65536, 2048),
+    100: (232448, 233472, 65536, 2048),
+    120: (101376, 102400, 65536, 1536),
+}
+
+
+@dataclass
+class Kernel:
+    """One compiled kernel, and how often it was launched."""
+
+    name: str
+    arch: int
+    num_warps: int
+    num_stages: int
+    shared: int  # bytes
+    constants: dict[str, Any]
+    signature: dict[str, str]
+    binary: bytes = field(repr=False)
+    grids: list[tuple[int, int, int]] = field(default_factory=list)
+
+    @functools.cached_property
+    def resources(self) -> dict[str, int]:
+        """REG, STACK and the rest of ``cuobjdump --dump-resource-usage``; STACK above 0 means spilled registers."""
+        text = _disassemble("cuobjdump", "--dump-resource-usage", self.binary)
+        line = next(line for line in text.splitlines() if "REG:" in line)
+        return {k: int(v) for k, v in re.findall(r"(\w+(?:\[\d\])?):(\d+)", line)}
+
+    @functools.cached_property
+    def opcodes(self) -> Counter[str]:
+        """How often each instruction is in the machine code."""
+        text = _disassemble("nvdisasm", "--print-code", self.binary)
+        return Counter(re.findall(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", text))
+
+    @property
+    def registers(self) -> int:
+        return self.resources["REG"]
+
+    @property
+    def spills(self) -> int:
+        """Loads and stores of local memory."""
+        return sum(n for op, n in self.opcodes.items() if op.startswith(("LDL", "STL")))
+
+    @property
+    def matrix_instructions(self) -> tuple[str, ...]:
+        kinds = {"HMMA": "mma", "IMMA": "mma", "QMMA": "mma", "OMMA": "mma", "HGMMA": "wgmma", "QGMMA": "wgmma",
+                 "UTCHMMA": "tcgen05", "UTCQMMA": "tcgen05", "UTCOMMA": "tcgen05"}  # fmt: skip
+        return tuple(sorted({kinds[op.split(".")[0]] for op in self.opcodes if op.split(".")[0] in kinds}))
+
+    def access_widths(self) -> dict[int, int]:
+        """Instructions that read or write global memory, by bytes a thread; asynchronous copies are among them."""
+        widths: Counter[int] = Counter()
+        for op, n in self.opcodes.items():
+            if re.match(r"(LDG|STG|LDGSTS)\b", op):
+                found = re.search(r"\.(128|64)\b|\.[US](8|16)\b", op)
+                bits = 32 if found is None else int(found[1] or found[2])
+                widths[bits // 8] += n
+        return dict(widths)
+
+    @property
+    def occupancy(self) -> float:
+        """Resident threads over a multiprocessor's, by registers, shared memory and threads."""
+        _, shared, registers, threads = LIMITS[self.arch]
+        size = 32 * self.num_warps
+        # Registers are given to warps in units of 256, shared memory in units of 128 bytes plus 1 KiB a block.
+        per_warp = -(-self.registers * 32 // 256) * 256
+        blocks = min(threads // size, registers // (per_warp * self.num_warps), 32)
+        if self.shared:
+            blocks = min(blocks, shared // (-(-self.shared // 128) * 128 + 1024))
+        return blocks * size / threads
+
+
+def _disassemble(tool: str, option: str, binary: bytes) -> str:
+    from triton import knobs
+
+    path = getattr(knobs.nvidia, tool).path
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(binary)
+        return subprocess.run([path, option, file], capture_output=True, text=True, check=True).stdout
+
+
+def _driver(arch: int, on_launch: Any) -> Any:
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.driver import DriverBase
+
+    target = GPUTarget("hip", AMD[arch], 64) if arch in AMD else GPUTarget("cuda", arch, 32)
+    max_shared = 65536 if arch in AMD else LIMITS[arch][0]
+
+    class Launcher:
+        def __init__(self, src: Any, metadata: Any) -> None:
+            self.src, self.metadata = src, metadata
+
+        def __call__(self, x: int, y: int, z: int, stream: int, function: bytes, *rest: Any) -> None:
+            on_launch(self.src, self.metadata, function, (x, y, z))
+
+    class Driver(DriverBase):
+        launcher_cls = Launcher
+        utils = SimpleNamespace(
+            load_binary=lambda name, kernel, shared, device: (1, kernel, 0, 0, 1024),
+            unload_module=lambda module: None,
+            get_device_properties=lambda device: {"max_shared_mem": max_shared, "multiprocessor_count": 108},
+        )
+
+        def __init__(self) -> None:
+            pass
+
+        @classmethod
+        def is_active(cls) -> bool:
+            return True
+
+        def map_python_to_cpp_type(self, ty: str) -> str:
+            return ty
+
+        def get_current_target(self) -> Any:
+            return target
+
+        def get_active_torch_device(self) -> torch.device:
+            return torch.device("cpu")
+
+        def get_benchmarker(self) -> Any:
+            return lambda fn, **options: [1.0, 1.0, 1.0]
+
+        def get_current_device(self) -> int:
+            return arch  # Triton keeps compiled kernels by device: one device for each architecture
+
+        def set_current_device(self, device: int) -> None:
+            pass
+
+        def get_current_stream(self, device: int) -> int:
+            return 0
+
+    return Driver()
+
+
+@contextlib.contextmanager
+def compiling(arch: int = 80) -> Iterator[list[Kernel]]:
+    """Inside, Triton kernels called with CPU tensors are compiled for ``arch`` and not run; gives the list of them.
+
+    Args:
+        arch: compute capability (80, 90, ...), or 942 for AMD's gfx942.
+    """
+    from triton import knobs
+    from triton.runtime.driver import driver
+
+    if knobs.runtime.interpret:
+        raise RuntimeError("compiling: not in a process with TRITON_INTERPRET=1")
+    kernels: dict[int, Kernel] = {}
+
+    def on_launch(src: Any, metadata: Any, binary: bytes, grid: tuple[int, int, int]) -> None:
+        kernel = kernels.get(id(src))
+        if kernel is None:
+            names = src.fn.arg_names
+            constants = {names[path[0]]: value for path, value in src.constants.items()}
+            kernel = kernels[id(src)] = Kernel(
+                metadata.name, arch, metadata.num_warps, metadata.num_stages, metadata.shared, constants,
+                dict(src.signature), binary,
+            )  # fmt: skip
+            found.append(kernel)
+        kernel.grids.append(grid)
+
+    found: list[Kernel] = []
+    before = driver._active, _triton.executing, _triton.target_arch
+    driver.set_active(_driver(arch, on_launch))
+    _triton.executing, _triton.target_arch = "offline", arch
+    try:
+        yield found
+    finally:
+        driver._active, _triton.executing, _triton.target_arch = before
