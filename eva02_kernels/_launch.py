@@ -109,7 +109,7 @@ _ATTENTION = {
 _ATTENTION_FLOAT32 = {
     64: choice(8, 1, BLOCK_M=32, BLOCK_N=32),
     96: choice(8, 1, BLOCK_M=32, BLOCK_N=32),
-    128: choice(4, 1, BLOCK_M=16, BLOCK_N=16),
+    128: choice(8, 1, BLOCK_M=16, BLOCK_N=16),
 }
 
 
@@ -173,29 +173,33 @@ def _tiles(m: int, n: int, k: int, num_warps: int, num_stages: int) -> Choice:
     return choice(BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, num_warps=num_warps, num_stages=num_stages)
 
 
-# Largest tiles first. Shared memory is (BLOCK_M + BLOCK_N) * BLOCK_K elements a stage (two of BLOCK_N in a dual
-# product): under the 99 KiB of compute capability 8.6 and 8.9, but for those that only 8.0 with its 163 KiB gets.
-_GEMM_16_BIT = (_tiles(128, 256, 32, 8, 3), _tiles(128, 128, 32, 4, 4), _tiles(64, 128, 32, 4, 4),
-                _tiles(64, 64, 64, 4, 3))  # fmt: skip
-_GEMM_16_BIT_80 = (_tiles(128, 256, 64, 8, 3), _tiles(128, 128, 32, 4, 4), _tiles(64, 128, 64, 4, 4),
-                   _tiles(64, 64, 64, 4, 4))  # fmt: skip
-_GEMM_32_BIT = (_tiles(128, 128, 32, 8, 3), _tiles(64, 128, 32, 4, 3), _tiles(64, 64, 32, 4, 4))
-_DUAL_GEMM_16_BIT = (_tiles(128, 128, 32, 8, 3), _tiles(128, 64, 32, 4, 4), _tiles(64, 64, 32, 4, 4))
-_DUAL_GEMM_16_BIT_80 = (_tiles(128, 128, 64, 8, 3), _tiles(128, 64, 32, 4, 4), _tiles(64, 64, 64, 4, 4))
-_DUAL_GEMM_32_BIT = (_tiles(128, 64, 32, 8, 3), _tiles(64, 64, 32, 4, 3), _tiles(64, 32, 32, 4, 3))
+# Largest tiles first, for each kind of epilogue: "plain"; "rich", which reads or writes several tiles; "dual", two
+# products at once. None spills compiled for 8.0; shared memory is under the 99 KiB of 8.6 and 8.9, but for what 8.0
+# with its 163 KiB gets instead of the first.
+_GEMM_16_BIT = {
+    "plain": (_tiles(128, 256, 64, 8, 3), _tiles(128, 128, 64, 8, 3), _tiles(64, 128, 32, 4, 4),
+              _tiles(64, 64, 64, 4, 3)),
+    "rich": (_tiles(128, 128, 64, 8, 3), _tiles(64, 128, 32, 4, 4), _tiles(64, 64, 64, 4, 3)),
+    "dual": (_tiles(128, 64, 64, 8, 3), _tiles(128, 64, 32, 4, 4), _tiles(64, 64, 64, 4, 4)),
+}  # fmt: skip
+_GEMM_16_BIT_80 = {
+    "plain": (_tiles(128, 256, 64, 8, 4), *_GEMM_16_BIT["plain"][1:]),
+    "rich": (_tiles(128, 128, 64, 8, 4), *_GEMM_16_BIT["rich"][1:]),
+    "dual": (_tiles(128, 64, 64, 8, 4), *_GEMM_16_BIT["dual"][1:]),
+}
+_GEMM_32_BIT = {
+    "plain": (_tiles(128, 128, 32, 8, 3), _tiles(64, 128, 32, 4, 3), _tiles(64, 64, 32, 4, 4)),
+    "rich": (_tiles(128, 128, 32, 8, 3), _tiles(64, 128, 32, 4, 3), _tiles(64, 64, 32, 4, 4)),
+    "dual": (_tiles(128, 64, 32, 8, 3), _tiles(64, 64, 32, 4, 3), _tiles(64, 32, 32, 4, 3)),
+}
 
 
 def gemm_choices(
-    rows: int, width: int, dtype: torch.dtype, arch: int, processors: int, *, dual: bool = False
-) -> tuple[Choice, ...]:
-    """Choices for a product of (rows, width), those first whose tiles give every multiprocessor one."""
-    choices: tuple[Choice, ...]
-    if dtype == torch.float32:
-        choices = _DUAL_GEMM_32_BIT if dual else _GEMM_32_BIT
-    elif arch == 80:
-        choices = _DUAL_GEMM_16_BIT_80 if dual else _GEMM_16_BIT_80
-    else:
-        choices = _DUAL_GEMM_16_BIT if dual else _GEMM_16_BIT
+    epilogue: str, rows: int, width: int, dtype: torch.dtype, arch: int, processors: int
+) -> tuple[Choice, ...]:  # fmt: skip
+    """Choices for a product of (rows, width): those whose tiles give every multiprocessor one, or the smallest."""
+    table = _GEMM_32_BIT if dtype == torch.float32 else _GEMM_16_BIT_80 if arch == 80 else _GEMM_16_BIT
+    choices = table[epilogue]
 
     def tiles(c: Choice) -> int:
         return -(-rows // c["BLOCK_M"]) * -(-width // c["BLOCK_N"])

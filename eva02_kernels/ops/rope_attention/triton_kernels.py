@@ -492,22 +492,23 @@ def _rope_attention_bwd_dkdv_kernel(
                 P0, P1, HALF, ROTATE, INTERLEAVED, AXIS, SWAP, PER_HEAD,
             )  # fmt: skip
             dout_head = _head_of(dout_ptr, first, sample, head, stride_gb, UNIT, G_STRIDES)
+            g0, g1 = _load_head(dout_head, query[:, None] * G_STRIDES[0], (query < length)[:, None], P0, P1, HALF)
+            g0 = _stay(g0)
+            if P1 > 0:
+                g1 = _stay(g1)
+            delta = tl.load(delta_ptr + at + query, mask=query < length, other=0.0)
+            lse = tl.load(lse_ptr + at + query, mask=query < length, other=float("inf"))
+            lse = tl.where(lse == float("-inf"), float("inf"), lse) * LOG2_E
             scores = dot(k0, tl.trans(q0), tl.zeros([BLOCK_N, BLOCK_M], tl.float32), PRECISION)
             if P1 > 0:
                 scores = dot(k1, tl.trans(q1), scores, PRECISION)
             allowed = _allowed(query[None, :], key[:, None], length, mask_ptr, sample, seq_len, CAUSAL)
-            lse = tl.load(lse_ptr + at + query, mask=query < length, other=float("inf"))
-            lse = tl.where(lse == float("-inf"), float("inf"), lse) * LOG2_E
             p = tl.exp2(tl.where(allowed, scores * scale2 - lse[None, :], float("-inf")))
-            g0, g1 = _load_head(dout_head, query[:, None] * G_STRIDES[0], (query < length)[:, None], P0, P1, HALF)
-            g0 = _stay(g0)
             dp = dot(v0, tl.trans(g0), tl.zeros([BLOCK_N, BLOCK_M], tl.float32), PRECISION)
             dv0 = dot(p.to(g0.dtype), g0, dv0, PRECISION)
             if P1 > 0:
-                g1 = _stay(g1)
                 dp = dot(v1, tl.trans(g1), dp, PRECISION)
                 dv1 = dot(p.to(g1.dtype), g1, dv1, PRECISION)
-            delta = tl.load(delta_ptr + at + query, mask=query < length, other=0.0)
             ds = (p * (dp - delta[None, :])).to(q0.dtype)
             dk0 = dot(ds, q0, dk0, PRECISION)
             if P1 > 0:
