@@ -105,6 +105,12 @@ def _load_b(
 
 
 @triton.jit
+def column_halves(y):
+    """Both halves of a tile's columns: epilogues take one at a time, so that its operands fit in registers."""
+    return tl.split(tl.permute(tl.reshape(y, [y.shape[0], 2, y.shape[1] // 2]), (0, 2, 1)))
+
+
+@triton.jit
 def add_columns(y, ptr, cols, N: tl.constexpr):
     """y plus a parameter of the columns, where there is one."""
     if ptr is not None:
@@ -178,9 +184,12 @@ def _project_kernel(
     cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     y, _ = products(a_ptr, b_ptr, None, rows, cols, M, stride_a, stride_b, N, K, True, BLOCK_M, BLOCK_N, BLOCK_K,
                     PRECISION)  # fmt: skip
-    y = add_columns(y, bias_ptr, cols, N)
-    _finish(y, rows, cols, M, layer_scale_ptr, row_scale_ptr, residual_ptr, out_ptr, stride_residual, stride_out,
-            rows_per_sample, N)  # fmt: skip
+    halves = column_halves(y)
+    for half in tl.static_range(2):
+        cols = tile_n * BLOCK_N + half * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+        y = add_columns(halves[half], bias_ptr, cols, N)
+        _finish(y, rows, cols, M, layer_scale_ptr, row_scale_ptr, residual_ptr, out_ptr, stride_residual, stride_out,
+                rows_per_sample, N)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M", "rows_per_sample"])
@@ -209,17 +218,20 @@ def _activate_kernel(
     cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     gate, up = products(a_ptr, w_gate_ptr, w_up_ptr, rows, cols, M, stride_a, stride_w, N, K, True, BLOCK_M, BLOCK_N,
                         BLOCK_K, PRECISION)  # fmt: skip
-    gate = add_columns(gate, b_gate_ptr, cols, N)
-    up = add_columns(up, b_up_ptr, cols, N)
-    _store_hidden(gate, rows, cols, M, gate_ptr, stride_gate, N, COLS)
-    _store_hidden(up, rows, cols, M, up_ptr, stride_gate, N, COLS)
-    if hidden_ptr is not None:
-        if GELU:
-            hidden, _ = gelu_and_slope(gate)
-        else:
-            silu, _ = silu_and_slope(gate)
-            hidden = silu * up
-        _store_hidden(hidden, rows, cols, M, hidden_ptr, stride_hidden, N, COLS)
+    gates, ups = column_halves(gate), column_halves(up)
+    for half in tl.static_range(2):
+        cols = tile_n * BLOCK_N + half * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+        gate = add_columns(gates[half], b_gate_ptr, cols, N)
+        up = add_columns(ups[half], b_up_ptr, cols, N)
+        _store_hidden(gate, rows, cols, M, gate_ptr, stride_gate, N, COLS)
+        _store_hidden(up, rows, cols, M, up_ptr, stride_gate, N, COLS)
+        if hidden_ptr is not None:
+            if GELU:
+                hidden, _ = gelu_and_slope(gate)
+            else:
+                silu, _ = silu_and_slope(gate)
+                hidden = silu * up
+            _store_hidden(hidden, rows, cols, M, hidden_ptr, stride_hidden, N, COLS)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -252,12 +264,15 @@ def _hidden_gradient_kernel(
     cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     dhidden, _ = products(a_ptr, b_ptr, None, rows, cols, M, stride_a, stride_b, COLS, K, False, BLOCK_M, BLOCK_N,
                           BLOCK_K, PRECISION)  # fmt: skip
-    dgate, dup = _activation_gradient(dhidden, rows, cols, M, gate_ptr, up_ptr, dgate_ptr, dup_ptr, hidden_ptr,
-                                      stride_gate, stride_dgate, stride_hidden, N, COLS)  # fmt: skip
-    if gate_sum_ptr is not None:
-        tl.store(gate_sum_ptr + tile_m * N + cols, tl.sum(dgate, 0), mask=cols < N)
-    if up_sum_ptr is not None:
-        tl.store(up_sum_ptr + tile_m * N + cols, tl.sum(dup, 0), mask=cols < N)
+    halves = column_halves(dhidden)
+    for half in tl.static_range(2):
+        cols = tile_n * BLOCK_N + half * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+        dgate, dup = _activation_gradient(halves[half], rows, cols, M, gate_ptr, up_ptr, dgate_ptr, dup_ptr, hidden_ptr,
+                                          stride_gate, stride_dgate, stride_hidden, N, COLS)  # fmt: skip
+        if gate_sum_ptr is not None:
+            tl.store(gate_sum_ptr + tile_m * N + cols, tl.sum(dgate, 0), mask=cols < N)
+        if up_sum_ptr is not None:
+            tl.store(up_sum_ptr + tile_m * N + cols, tl.sum(dup, 0), mask=cols < N)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -308,18 +323,21 @@ def fused(t: Tensor) -> bool:
 
 
 def launch_tiles(
-    kernel: Any, a: Tensor, cols: int, depth: int, *args: Any, dual: bool = False, **constants: Any
-) -> Choice:
-    """Run a kernel whose programs are tiles of (rows of a, cols), K = depth; returns the choice it ran with."""
+    kernel: Any, epilogue: str, a: Tensor, cols: int, depth: int, *args: Any, **constants: Any
+) -> Choice:  # fmt: skip
+    """Run a kernel whose programs are tiles of (rows of a, cols), K = depth; returns the choice it ran with.
+
+    ``epilogue``: as ``_launch.gemm_choices`` takes it.
+    """
     rows, arch = a.shape[0], _triton.architecture(a.device)
-    choices = _launch.gemm_choices(rows, cols, a.dtype, arch, _triton.num_processors(a.device), dual=dual)
+    choices = _launch.gemm_choices(epilogue, rows, cols, a.dtype, arch, _triton.num_processors(a.device))
 
     def run(choice: Choice) -> None:
         grid = (triton.cdiv(rows, choice["BLOCK_M"]) * triton.cdiv(cols, choice["BLOCK_N"]),)
         _triton.launch(kernel, grid, choice, *args, **constants, K=depth, GROUP=GROUP_ROWS,
                        PRECISION=_triton.dot_precision(a.dtype))  # fmt: skip
 
-    key = (kernel.fn.__name__, a.dtype, _launch.power_of_2(rows), cols, depth, arch, dual)
+    key = (kernel.fn.__name__, a.dtype, _launch.power_of_2(rows), cols, depth, arch, epilogue)
     choice = _triton.tuned(key, choices, run)
     run(choice)
     return choice
@@ -386,9 +404,9 @@ def project(
     if not rows or not width:
         return
     if fused(a):
-        launch_tiles(_project_kernel, a, width, depth, a, weight, bias, layer_scale, row_scale, residual, out, rows,
-                     a.stride(0), weight.stride(0), _stride(residual), out.stride(0), _per_sample(rows, row_scale),
-                     N=width, COLS=width)  # fmt: skip
+        launch_tiles(_project_kernel, "plain", a, width, depth, a, weight, bias, layer_scale, row_scale, residual, out,
+                     rows, a.stride(0), weight.stride(0), _stride(residual), out.stride(0),
+                     _per_sample(rows, row_scale), N=width, COLS=width)  # fmt: skip
     elif layer_scale is None and row_scale is None and residual is None:
         multiply(a, weight.t(), out, bias)
     else:
@@ -416,9 +434,9 @@ def activate(
         elif w_up is not None and w_up.stride(0) != w_gate.stride(0):
             w_gate, w_up = w_gate.contiguous(), w_up.contiguous()
         gate, up = _gate_and_up(kept)
-        launch_tiles(_activate_kernel, a, cols, depth, a, w_gate, w_up, b_gate, b_up, gate, up, hidden, rows,
-                     a.stride(0), w_gate.stride(0), _stride(kept), _stride(hidden), dual=not gelu, GELU=gelu, N=width,
-                     COLS=cols)  # fmt: skip
+        launch_tiles(_activate_kernel, "plain" if gelu else "dual", a, cols, depth, a, w_gate, w_up, b_gate, b_up,
+                     gate, up, hidden, rows, a.stride(0), w_gate.stride(0), _stride(kept), _stride(hidden), GELU=gelu,
+                     N=width, COLS=cols)  # fmt: skip
         return
     if kept is None:
         kept = torch.empty(rows, halves, cols, dtype=a.dtype, device=a.device)
@@ -448,8 +466,8 @@ def hidden_gradient(
         partials = [None if g is None else torch.empty(triton.cdiv(rows, 32), width, dtype=torch.float32,
                                                        device=dy.device) for g in grads]  # fmt: skip
         weight = padded_columns(w_down)
-        choice = launch_tiles(_hidden_gradient_kernel, dy, cols, depth, dy, weight, gate, up, dgate, dup, hidden,
-                              *partials, rows, dy.stride(0), weight.stride(0), _stride(kept), _stride(dkept),
+        choice = launch_tiles(_hidden_gradient_kernel, "rich", dy, cols, depth, dy, weight, gate, up, dgate, dup,
+                              hidden, *partials, rows, dy.stride(0), weight.stride(0), _stride(kept), _stride(dkept),
                               _stride(hidden), N=width, COLS=cols)  # fmt: skip
         for partial, grad in zip(partials, grads, strict=True):
             if partial is not None and grad is not None:

@@ -22,6 +22,7 @@ from torch import Tensor
 from eva02_kernels.ops._common import empty_like_needed, present, rows_2d, view_2d
 from eva02_kernels.ops._triton_gemm import (
     add_columns,
+    column_halves,
     fused,
     launch_tiles,
     multiply,
@@ -52,19 +53,22 @@ def _qkv_rope_kernel(
     cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     y, _ = products(a_ptr, b_ptr, None, rows, cols, M, stride_a, stride_b, N, K, True, BLOCK_M, BLOCK_N, BLOCK_K,
                     PRECISION)  # fmt: skip
-    y = add_columns(y, bias_ptr, cols, N)
-    pair = tile_n * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
-    head = FIRST_HEAD + pair // HALF
-    cos, sin = load_cos_sin_of_tile(
-        cos_ptr, sin_ptr, grids_ptr, keep_idx_ptr, rows % S, rows < M, rows // S, pair % HALF,
-        tl.where(head < H, head, head - H), head < ROTATED, prefix, num_kept, height, width, table_rows,
-        HALF, AXIS, SWAP, PER_HEAD,
-    )  # fmt: skip
-    even, odd = tl.split(tl.reshape(y, [BLOCK_M, BLOCK_N // 2, 2]))
-    even, odd = rotate_pairs(even, odd, cos, sin)
-    y = tl.reshape(tl.join(even, odd), [BLOCK_M, BLOCK_N]).to(out_ptr.dtype.element_ty)
-    keep = (rows < M)[:, None] & (cols < N)[None, :]
-    tl.store(out_ptr + row_offsets(rows, stride_out) + cols[None, :], y, mask=keep)
+    halves = column_halves(y)
+    for half in tl.static_range(2):
+        cols = tile_n * BLOCK_N + half * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+        y = add_columns(halves[half], bias_ptr, cols, N)
+        pair = tile_n * (BLOCK_N // 2) + half * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
+        head = FIRST_HEAD + pair // HALF
+        cos, sin = load_cos_sin_of_tile(
+            cos_ptr, sin_ptr, grids_ptr, keep_idx_ptr, rows % S, rows < M, rows // S, pair % HALF,
+            tl.where(head < H, head, head - H), head < ROTATED, prefix, num_kept, height, width, table_rows,
+            HALF, AXIS, SWAP, PER_HEAD,
+        )  # fmt: skip
+        even, odd = tl.split(tl.reshape(y, [BLOCK_M, BLOCK_N // 4, 2]))
+        even, odd = rotate_pairs(even, odd, cos, sin)
+        y = tl.reshape(tl.join(even, odd), [BLOCK_M, BLOCK_N // 2]).to(out_ptr.dtype.element_ty)
+        keep = (rows < M)[:, None] & (cols < N)[None, :]
+        tl.store(out_ptr + row_offsets(rows, stride_out) + cols[None, :], y, mask=keep)
 
 
 def _rotate_heads(
@@ -100,9 +104,10 @@ def fwd(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
         weight, bias, width = rows_2d(weight), None if bias is None else bias.contiguous(), weight.shape[0]
         part = out[:, first * head_dim : first * head_dim + width]
         if in_epilogue and first < heads + kv_heads:
-            launch_tiles(_qkv_rope_kernel, normed, width, weight.shape[1], normed, weight, bias, part, *tables, rows,
-                         tokens, normed.stride(0), weight.stride(0), part.stride(0), *integers, FIRST_HEAD=first,
-                         H=heads, ROTATED=heads + kv_heads, HALF=head_dim // 2, N=width, **constants)  # fmt: skip
+            launch_tiles(_qkv_rope_kernel, "rich", normed, width, weight.shape[1], normed, weight, bias, part, *tables,
+                         rows, tokens, normed.stride(0), weight.stride(0), part.stride(0), *integers,
+                         FIRST_HEAD=first, H=heads, ROTATED=heads + kv_heads, HALF=head_dim // 2, N=width,
+                         **constants)  # fmt: skip
         else:
             project(normed, weight, bias, part)
         first += width // head_dim
