@@ -1,9 +1,32 @@
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
 from eva02_kernels import _native
+from eva02_kernels.testing import executing
+
+
+def pytest_addoption(parser):
+    parser.addoption("--backend", default="cpu", choices=["cpu", "triton"], help="whom the contract suite tests")
+    parser.addoption("--device", default="cpu", help="where its tensors are; triton on cpu needs TRITON_INTERPRET=1")
+
+
+@pytest.fixture(scope="session")
+def device(request):
+    return request.config.getoption("--device")
+
+
+@pytest.fixture(scope="session")
+def backend(request, device):
+    name = request.config.getoption("--backend")
+    if name == "cpu" and _native.cpu_reasons():
+        pytest.skip("; ".join(_native.cpu_reasons()))
+    interpreted = name == "triton" and device == "cpu"
+    with executing("interpreter") if interpreted else contextlib.nullcontext():
+        yield name
 
 
 @pytest.fixture(autouse=True, scope="session")

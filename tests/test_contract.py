@@ -1,97 +1,66 @@
-"""The contract suite: every operator, backend, dtype and sample against the float64 reference."""
+"""The contract suite: every operator, dtype and sample of one backend against the float64 reference.
+
+``--backend cpu`` (default) or ``--backend triton``; the latter runs on CPU tensors in a process started with
+``TRITON_INTERPRET=1``, or on a GPU with ``--device cuda``.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from samples import DTYPES, samples
 from torch import Tensor
 
 import eva02_kernels
-from eva02_kernels import _native, _registry
-from eva02_kernels._registry import OP_NAMES, get_spec
-from eva02_kernels.rope import RopeTable
-from eva02_kernels.testing import contract, cpu_isa, nan_filled_memory
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-LARGE = ("S257", "L", "B", "Ti", "mim", "F2730")  # left out of the slower walks
+from eva02_kernels import _registry
+from eva02_kernels._registry import get_spec
+from eva02_kernels.testing import contract, nan_filled_memory
 
 
-def _samples(*, smoke: bool = False, large: bool = True) -> list:
-    return [
-        pytest.param(op, sample, id=f"{op}-{sample.id}")
-        for op in OP_NAMES
-        for sample in get_spec(op).samples()
-        if (sample.smoke or not smoke) and (large or sample.id not in LARGE)
-    ]
-
-
-def _run(op, sample, dtype, backend):
-    reasons = contract.refusal(op, sample, dtype, backend)
+def _skip_where_refused(op, sample, dtype, backend, device):
+    reasons = contract.refusal(op, sample, dtype, backend, device=device)
     if reasons:
         pytest.skip("; ".join(reasons))
-    with nan_filled_memory():
-        return contract.check_accuracy(op, sample, dtype, backend)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("op", "sample"), _samples())
-def test_cpu_is_accurate(op, sample, dtype):
-    _run(op, sample, DTYPES[dtype], "cpu")
+@pytest.mark.parametrize(("op", "sample"), samples())
+def test_is_accurate(op, sample, dtype, backend, device):
+    _skip_where_refused(op, sample, DTYPES[dtype], backend, device)
+    with nan_filled_memory():
+        contract.check_accuracy(op, sample, DTYPES[dtype], backend, device=device)
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2"])
-@pytest.mark.parametrize(("op", "sample"), _samples(large=False))
-def test_cpu_is_accurate_on_other_instruction_sets(op, sample, isa, cpu_library):
-    if _native.ISA_NAMES.index(isa) > _native.ISA_NAMES.index(_native.cpu_isa()):
-        pytest.skip(f"this CPU lacks {isa}")
-    with cpu_isa(isa):
-        _run(op, sample, torch.float32, "cpu")
-        if sample.smoke:
-            _run(op, sample, torch.bfloat16, "cpu")
-            _run(op, sample, torch.float16, "cpu")
-
-
-@pytest.mark.parametrize(("op", "sample"), _samples())
-def test_eager_operator_is_accurate(op, sample):
-    """The eager backend inside the operator (auto ends here), not the reference that ``backend="eager"`` is."""
-    inputs = contract.cast(contract.make(sample, torch.float32), None)
-    canonical = get_spec(op).canonical(*inputs.args, **inputs.kwargs)
-    function = getattr(torch.ops.eva02_kernels, f"{op}_fwd").default
-    outputs = function(*canonical, "eager")
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    reference = get_spec(op).reference(*canonical)
-    reference = reference if isinstance(reference, tuple) else (reference,)
-    for ours, expected in zip(outputs, reference, strict=False):
-        if ours.numel():
-            torch.testing.assert_close(ours, expected)
-
-
-@pytest.mark.parametrize(("op", "sample"), _samples(large=False))
-@pytest.mark.parametrize(("fwd", "bwd"), [("cpu", "eager"), ("eager", "cpu"), ("eager", "eager")])
-def test_any_backward_takes_any_forward(op, sample, fwd, bwd, monkeypatch, cpu_library):
+@pytest.mark.parametrize(("op", "sample"), samples(large=False))
+@pytest.mark.parametrize(("fwd", "bwd"), [("tested", "eager"), ("eager", "tested"), ("eager", "eager")])
+def test_any_backward_takes_any_forward(op, sample, fwd, bwd, backend, device, monkeypatch):
+    _skip_where_refused(op, sample, torch.float32, backend, device)
     spec = get_spec(op)
+    fwd, bwd = (backend if name == "tested" else name for name in (fwd, bwd))
 
     def choose(spec, direction, backend, args):
         return spec.backend(fwd if direction == "fwd" else bwd)
 
     monkeypatch.setattr(_registry, "choose", choose)
-    exact = contract._reference(op, sample.id, torch.float32, 0)[0]
-    inputs = contract.cast(contract.make(sample, torch.float32), None)
-    result = contract.run(op, inputs)
+    exact = contract.reference(op, sample.id, torch.float32)
+    result = contract.run(op, contract.cast(contract.make(sample, torch.float32), None, device))
     multiple = max(spec.backend(b).error_multiple for b in (fwd, bwd))
     for name, value in result.grads.items():
         errors, floor = contract.plain_errors(op, sample.id, torch.float32, name, "grads")
-        contract.assert_accurate(value, exact.grads[name], errors, name=name, floor=floor, multiple=multiple)
+        contract.assert_accurate(value.cpu(), exact.grads[name], errors, name=name, floor=floor, multiple=multiple)
 
 
-@pytest.mark.parametrize(("op", "sample"), _samples(large=False))
-def test_statistics_are_the_same_on_every_backend(op, sample, cpu_library):
+@pytest.mark.parametrize(("op", "sample"), samples(large=False))
+def test_statistics_are_the_same_on_every_backend(op, sample, backend, device):
     """Saved tensors mean the same whoever wrote them; padding columns of hidden tensors are unspecified."""
-    args, kwargs = contract.make(sample, torch.float32)
-    canonical = get_spec(op).canonical(*args, **kwargs)
-    outputs = [get_spec(op).backend(b).fwd(*canonical) for b in ("cpu", "eager")]
+    _skip_where_refused(op, sample, torch.float32, backend, device)
+    inputs = contract.cast(contract.make(sample, torch.float32), None, device)
+    canonical = get_spec(op).canonical(*inputs.args, **inputs.kwargs)
+    with torch.no_grad():
+        outputs = [get_spec(op).backend(b).fwd(*canonical) for b in (backend, "eager")]
     if isinstance(outputs[0], Tensor):
         return
+    args = inputs.args
     hidden = {"swiglu_mlp": lambda: args[5].shape[1], "gelu_mlp": lambda: args[3].shape[1]}
     for index, (ours, eager) in enumerate(zip(*outputs, strict=True)):
         assert ours.dtype == eager.dtype and ours.shape == eager.shape and ours.stride() == eager.stride()
@@ -100,10 +69,12 @@ def test_statistics_are_the_same_on_every_backend(op, sample, cpu_library):
         torch.testing.assert_close(ours, eager, rtol=2e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize(("op", "sample"), _samples(smoke=True))
-def test_backward_is_deterministic(op, sample, cpu_library):
+@pytest.mark.parametrize(("op", "sample"), samples(smoke=True))
+def test_is_deterministic(op, sample, backend, device):
+    _skip_where_refused(op, sample, torch.float32, backend, device)
+
     def gradients():
-        return contract.run(op, contract.cast(contract.make(sample, torch.float32), None), backend="cpu")
+        return contract.run(op, contract.cast(contract.make(sample, torch.float32), None, device), backend=backend)
 
     first, second = gradients(), gradients()
     for kind in ("outputs", "grads"):
@@ -111,326 +82,29 @@ def test_backward_is_deterministic(op, sample, cpu_library):
             assert torch.equal(value, getattr(second, kind)[name]), name
 
 
-def test_backward_twice_gives_the_same_gradient():
-    gate = torch.randn(5, 64, requires_grad=True)
-    out = eva02_kernels.swiglu(gate).sum()
-    (first,) = torch.autograd.grad(out, gate, retain_graph=True)
-    (second,) = torch.autograd.grad(out, gate)
-    assert torch.equal(first, second)
-
-
-@pytest.mark.parametrize(("op", "sample"), _samples(smoke=True))
-@pytest.mark.parametrize("backend", ["cpu", "eager"])
-def test_opcheck(op, sample, backend):
-    if contract.refusal(op, sample, torch.float32, backend):
-        pytest.skip("refused")
-    inputs = contract.cast(contract.make(sample, torch.float32), None)
+@pytest.mark.parametrize(("op", "sample"), samples(smoke=True))
+@pytest.mark.parametrize("which", ["tested", "eager"])
+def test_opcheck(op, sample, which, backend, device):
+    _skip_where_refused(op, sample, torch.float32, backend, device)
+    inputs = contract.cast(contract.make(sample, torch.float32), None, device)
     canonical = get_spec(op).canonical(*inputs.args, **inputs.kwargs)
     detached = tuple(
         t.detach().requires_grad_(t.requires_grad) if isinstance(t, Tensor) and t.is_floating_point() else t
         for t in canonical
     )
-    torch.library.opcheck(getattr(torch.ops.eva02_kernels, f"{op}_fwd").default, (*detached, backend))
+    function = getattr(torch.ops.eva02_kernels, f"{op}_fwd").default
+    torch.library.opcheck(function, (*detached, backend if which == "tested" else which))
 
 
-def _compiled(op, sample, compiler, **options):
-    """Compile the public function as a user would meet it: positional tensors in, tensors out."""
-    inputs = contract.cast(contract.make(sample, torch.float32), None)
-    expected = contract.run(op, inputs)
-    function = torch.compile(getattr(eva02_kernels, op), fullgraph=True, backend=compiler, **options)
-    found = contract.run(op, inputs, function=function)
-    for kind in ("outputs", "grads"):
-        for name, value in getattr(expected, kind).items():
-            torch.testing.assert_close(getattr(found, kind)[name], value)
-
-
-@pytest.mark.parametrize(("op", "sample"), _samples(smoke=True))
-def test_fullgraph(op, sample):
+@pytest.mark.parametrize(("op", "sample"), samples(smoke=True))
+def test_fullgraph(op, sample, backend, device):
+    _skip_where_refused(op, sample, torch.float32, backend, device)
     torch._dynamo.reset()
-    _compiled(op, sample, "aot_eager")
+    contract.check_compiled(op, sample, "aot_eager", backend=backend, device=device)
 
 
-@pytest.mark.parametrize("op", OP_NAMES)
-def test_fullgraph_inductor(op):
-    torch._dynamo.reset()
-    _compiled(op, next(s for s in get_spec(op).samples() if s.smoke), "inductor")
-
-
-@pytest.mark.parametrize(("op", "sample"), _samples(smoke=True))
-def test_gradcheck_of_the_reference_and_its_operator(op, sample):
-    inputs = contract.cast(contract.make(sample, torch.float64), None)
-    leaves = list(inputs.leaves.values())
-    for backend in ("eager", "auto"):  # float64 ends at eager inside the operator
-
-        def function(*tensors, backend=backend):
-            out = getattr(eva02_kernels, op)(*inputs.args, **inputs.kwargs, backend=backend)
-            return tuple(o for o in (out if isinstance(out, tuple) else (out,)) if o.requires_grad)
-
-        assert torch.autograd.gradcheck(function, leaves, fast_mode=True, check_undefined_grad=False)
-
-
-# ---- second derivatives ----------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("op", "sample"), _samples(smoke=True))
-def test_second_derivative_is_refused_and_eager_has_it(op, sample):
-    def penalty(backend, dtype):
-        inputs = contract.cast(contract.make(sample, dtype), dtype)
-        out = getattr(eva02_kernels, op)(*inputs.args, **inputs.kwargs, backend=backend)
-        out = out[0] if isinstance(out, tuple) else out
-        leaf = next(iter(inputs.leaves.values()))
-        (grad,) = torch.autograd.grad(out.square().sum(), leaf, create_graph=True)
-        return grad, leaf
-
-    grad, leaf = penalty("auto", torch.float32)
-    with pytest.raises(NotImplementedError, match=f'second derivatives of {op}: use backend="eager"'):
-        torch.autograd.grad(grad.square().sum(), leaf)
-    grad, leaf = penalty("eager", torch.float64)
-    (second,) = torch.autograd.grad(grad.square().sum(), leaf)
-    assert second.isfinite().all()
-
-
-def test_eager_takes_vmap_and_func_grad():
-    gate, up = torch.randn(2, 4, 8).unbind(0)
-    batched = torch.vmap(lambda g, u: eva02_kernels.swiglu(g, u, backend="eager"))(gate, up)
-    torch.testing.assert_close(batched, eva02_kernels.swiglu(gate, up))
-    grad = torch.func.grad(lambda g: eva02_kernels.swiglu(g, up, backend="eager").sum())(gate)
-    gate.requires_grad_()
-    eva02_kernels.swiglu(gate, up).sum().backward()
-    torch.testing.assert_close(grad, gate.grad)
-
-
-# ---- selection -------------------------------------------------------------------------------------------------------
-def test_a_named_backend_never_falls_back():
-    x = torch.randn(3, 8)
-    for backend in ("cuda", "triton"):
-        with pytest.raises(NotImplementedError, match=f"swiglu.*{backend}"):
-            eva02_kernels.swiglu(x, backend=backend)
-    with pytest.raises(NotImplementedError, match="float64"):
-        eva02_kernels.swiglu(x.double(), backend="cpu")
-    with pytest.raises(ValueError, match="backend: expected 'auto'"):
-        eva02_kernels.swiglu(x, backend="gpu")
-
-
-def test_select_tells_the_backend_and_every_reason(cpu_library):
-    chosen = eva02_kernels.select("swiglu", torch.randn(3, 8))
-    assert chosen.backend == "cpu" and set(chosen.reasons) == {"cuda", "triton", "eager"}
-    assert all(chosen.reasons.values())
-    chosen = eva02_kernels.select("swiglu", torch.randn(3, 8, dtype=torch.float64))
-    assert chosen.backend == "eager" and "float64" in chosen.reasons["cpu"][0]
-    assert "cpu: " in str(chosen)
-    with pytest.raises(ValueError, match="op: expected one of"):
-        eva02_kernels.select("swish", torch.randn(3))
-
-
-def test_strict_refuses_eager(monkeypatch):
-    x = torch.randn(3, 8, dtype=torch.float64)
-    with eva02_kernels.strict():
-        with pytest.raises(NotImplementedError, match="strict mode"):
-            eva02_kernels.swiglu(x)
-        eva02_kernels.swiglu(x, backend="eager")  # asked for by name: allowed
-        with eva02_kernels.strict(False):
-            eva02_kernels.swiglu(x)
-    eva02_kernels.swiglu(x)
-
-
-def test_stats_count_calls_by_direction_and_backend(cpu_library):
-    eva02_kernels.reset_stats()
-    x = torch.randn(3, 8, requires_grad=True)
-    eva02_kernels.swiglu(x).sum().backward()
-    eva02_kernels.swiglu(x.detach())
-    assert eva02_kernels.stats() == {("swiglu", "fwd", "cpu"): 2, ("swiglu", "bwd", "cpu"): 1}
-
-
-# ---- how operators are used ------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_activation_checkpointing(reentrant):
-    sample = next(s for s in get_spec("swiglu_mlp").samples() if s.smoke)
-    inputs = contract.cast(contract.make(sample, torch.float32), None)
-    leaves = list(inputs.leaves.values())
-
-    def forward(x):
-        return eva02_kernels.swiglu_mlp(x, *inputs.args[1:], **{**inputs.kwargs, "residual": x})
-
-    plain = torch.autograd.grad(forward(inputs.args[0]).sum(), leaves)
-    out = torch.utils.checkpoint.checkpoint(forward, inputs.args[0], use_reentrant=reentrant)
-    if reentrant:  # reentrant checkpointing knows backward() alone
-        out.sum().backward()
-        again = [t.grad for t in leaves]
-    else:
-        again = torch.autograd.grad(out.sum(), leaves)
-    for a, b in zip(plain, again, strict=True):
-        assert torch.equal(a, b)
-
-
-def test_functional_call():
-    module = torch.nn.Linear(8, 8)
-
-    class Wrapped(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear = module
-
-        def forward(self, x):
-            return eva02_kernels.linear(x, self.linear.weight, self.linear.bias)
-
-    x = torch.randn(3, 8)
-    state = {k: torch.randn_like(v) for k, v in Wrapped().state_dict().items()}
-    out = torch.func.functional_call(Wrapped(), state, (x,))
-    torch.testing.assert_close(out, torch.nn.functional.linear(x, state["linear.weight"], state["linear.bias"]))
-
-
-def test_one_tensor_in_two_places():
-    x = torch.randn(5, 24, requires_grad=True)
-    eva02_kernels.swiglu(x, x).sum().backward()
-    y = x.detach().clone().requires_grad_()
-    (torch.nn.functional.silu(y) * y).sum().backward()
-    torch.testing.assert_close(x.grad, y.grad)
-
-
-def test_a_frozen_input_gets_no_gradient(cpu_library):
-    x, weight = torch.randn(4, 8), torch.randn(6, 8, requires_grad=True)
-    eva02_kernels.linear(x, weight).sum().backward()
-    assert x.grad is None and weight.grad is not None
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_casts_activations_and_weights_but_not_norms(dtype):
-    sample = next(s for s in get_spec("swiglu_mlp").samples() if s.id == "subln")
-    inputs = contract.cast(contract.make(sample, torch.float32), None)
-    with torch.autocast("cpu", dtype=dtype):
-        args = get_spec("swiglu_mlp").canonical(*inputs.args, **inputs.kwargs)
-        out = eva02_kernels.swiglu_mlp(*inputs.args, **inputs.kwargs)
-    x, w_gate, _, _, _, w_down, _, norm_weight, _, _, pre_weight, *_ = args
-    assert x.dtype == w_gate.dtype == w_down.dtype == out.dtype == dtype
-    assert norm_weight.dtype == pre_weight.dtype == torch.float32
-    out.float().sum().backward()
-    assert all(t.grad is not None and t.grad.dtype == torch.float32 for t in inputs.leaves.values())
-
-
-def test_autocast_leaves_the_table_in_float32():
-    table = eva02_kernels.rope_2d((2, 2), 16)
-    q = torch.randn(1, 5, 2, 16)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        args = get_spec("rope_attention").canonical(q, q, q, table)
-    assert args[0].dtype == torch.bfloat16 and args[3].dtype == torch.float32
-
-
-# ---- errors ----------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    ("call", "match"),
-    [
-        (lambda t: eva02_kernels.swiglu(t(3, 8), t(3, 7)), r"up: expected shape \(3, 8\); got \(3, 7\)"),
-        (lambda t: eva02_kernels.swiglu(t(3, 7)), "gate: expected an even last dim"),
-        (lambda t: eva02_kernels.swiglu(t(3, 8), t(3, 8).double()), "up: expected torch.float32; got torch.float64"),
-        (lambda t: eva02_kernels.swiglu(t(3, 8).long()), "gate: expected float32"),
-        (lambda t: eva02_kernels.linear(t(3, 8), t(4, 7)), r"weight: expected \(N, 8\)"),
-        (lambda t: eva02_kernels.rope_attention(t(1, 5, 3, 8), t(1, 5, 2, 8), t(1, 5, 2, 8)), "Hkv dividing H"),
-        (
-            lambda t: eva02_kernels.rope_attention(*[t(1, 6, 2, 8)] * 3, eva02_kernels.rope_2d((2, 2), 8)),
-            "rope: the table is for 4 patches, the sequence has 5",
-        ),
-        (
-            lambda t: eva02_kernels.rope_attention(*[t(1, 5, 2, 8)] * 3, eva02_kernels.rope_2d((2, 2), 16)),
-            "rope: made for head_dim 16; got heads of 8",
-        ),
-        (
-            lambda t: eva02_kernels.rope_attention(*[t(5, 2, 8)] * 3, cu_seqlens=torch.tensor([0, 5]).int()),
-            "max_seqlen: expected an int",
-        ),
-        (lambda t: eva02_kernels.mask_tokens(t(1, 4, 8), torch.zeros(1, 4), t(8)), r"mask: expected bool \(1, 4\)"),
-        (lambda t: eva02_kernels.gather_tokens(t(1, 4, 8), t(1, 2)), "idx: expected an int32 or int64 tensor"),
-        (lambda t: eva02_kernels.add_layer_norm(t(2, 4, 8), row_scale=t(3)), r"row_scale: expected float32 \(2,\)"),
-        (
-            lambda t: eva02_kernels.qkv_rope(t(1, 4, 8), t(10, 8), num_heads=2),
-            "weight: expected rows that 6 heads divide",
-        ),
-        (lambda t: eva02_kernels.rope_2d((2, 2), 6), "head_dim: expected a positive multiple of 4"),
-        (lambda t: RopeTable.from_cos_sin(t(4, 8), t(3, 8)), "cos, sin: expected equal shapes"),
-        (
-            lambda t: eva02_kernels.ragged_index(torch.zeros(2, 3).long(), [1, 4]),
-            "counts: expected 2 integers from 0 to 3",
-        ),
-    ],
-)
-def test_bad_input_names_the_argument(call, match):
-    with pytest.raises(ValueError, match=match):
-        call(lambda *shape: torch.randn(*shape))
-
-
-def test_an_index_out_of_range_is_an_error_on_the_cpu(cpu_library):
-    x = torch.randn(2, 4, 8)
-    with pytest.raises(RuntimeError, match="idx"):
-        eva02_kernels.gather_tokens(x, torch.tensor([[0, 4], [0, 1]]))
-    table = eva02_kernels.rope_2d((2, 2), 8)
-    q = torch.randn(1, 3, 2, 8)
-    with pytest.raises(RuntimeError, match="keep_idx"):
-        eva02_kernels.rope_attention(q, q, q, table, keep_idx=torch.tensor([[0, 7]]))
-
-
-# ---- saved tensors ---------------------------------------------------------------------------------------------------
-def test_an_mlp_keeps_gate_and_up_and_recompute_keeps_x_alone(cpu_library):
-    rows, width, hidden = 10, 16, 30
-    x, w_gate, w_up, w_down = (
-        torch.randn(s, requires_grad=True)
-        for s in ((1, rows, width), (hidden, width), (hidden, width), (width, hidden))
-    )
-    parameters = {t.untyped_storage().data_ptr() for t in (x, w_gate, w_up, w_down)}
-
-    def kept(recompute):
-        sizes = {}
-
-        def pack(t):
-            storage = t.untyped_storage()
-            if storage.data_ptr() not in parameters:
-                sizes[storage.data_ptr()] = storage.nbytes()
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            out = eva02_kernels.swiglu_mlp(x, w_gate, None, w_up, None, w_down, None, recompute=recompute)
-        out.sum().backward()
-        return sum(sizes.values())
-
-    assert kept(False) == rows * 2 * 32 * 4  # rows padded to a multiple of 8
-    assert kept(True) == 0
-
-
-# ---- tables and indices ----------------------------------------------------------------------------------------------
-def test_axis_table_follows_the_formula():
-    table = eva02_kernels.rope_2d((3, 5), 16, pretrain_grid=16)
-    omega = 10000.0 ** (-2 * torch.arange(4, dtype=torch.float64) / 8)
-    rows = torch.arange(3, dtype=torch.float64) / 3 * 16
-    columns = torch.arange(5, dtype=torch.float64) / 5 * 16
-    angles = torch.cat([rows, columns])[:, None] * omega
-    torch.testing.assert_close(table.cos, angles.cos().float(), rtol=0, atol=1e-7)
-    torch.testing.assert_close(table.sin, angles.sin().float(), rtol=0, atol=1e-7)
-
-
-@pytest.mark.parametrize("layout", ["interleaved", "half"])
-def test_dot_products_depend_on_the_offset_alone(layout):
-    table = eva02_kernels.rope_2d((6, 6), 16, pretrain_grid=None, layout=layout)
-    vector = torch.randn(2, 16).double()
-    x = vector[:, None, None].expand(2, 36, 1, 16)
-    rotated = eva02_kernels.apply_rope(x, table, num_prefix_tokens=0, backend="eager")[:, :, 0]
-    scores = (rotated[0] @ rotated[1].T).view(6, 6, 6, 6)
-    torch.testing.assert_close(scores[1, 2, 3, 5], scores[2, 1, 4, 4], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(scores[0, 0, 2, 1], scores[3, 4, 5, 5], rtol=1e-5, atol=1e-5)
-
-
-def test_ragged_index_makes_flat_indices():
-    idx = torch.tensor([[2, 0, 1], [1, 2, 0]])
-    assert eva02_kernels.ragged_index(idx, [1, 3]).tolist() == [2, 4, 5, 3]
-    assert eva02_kernels.ragged_index(idx, torch.tensor([2, 0]), seq_len=10).tolist() == [2, 0]
-    x = torch.randn(2, 3, 4)
-    picked = eva02_kernels.gather_tokens(x, eva02_kernels.ragged_index(idx, [1, 2]))
-    torch.testing.assert_close(picked, torch.stack([x[0, 2], x[1, 1], x[1, 2]]))
-
-
-def test_importing_starts_no_device_context_and_no_compiler():
-    import subprocess
-    import sys
-
-    code = (
-        "import sys, eva02_kernels, torch; assert not torch.cuda.is_initialized(); "
-        "assert 'triton' not in sys.modules or not hasattr(sys.modules['triton'], '_eva02'); "
-        "assert 'torch.utils.cpp_extension' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+@pytest.mark.parametrize(("op", "sample"), samples(smoke=True))
+def test_float64_is_refused_by_name(op, sample, backend, device):
+    inputs = contract.cast(contract.make(sample, torch.float32), torch.float64, device)
+    with pytest.raises(NotImplementedError, match=f"{op}.*{backend}(.|\n)*float64"):
+        getattr(eva02_kernels, op)(*inputs.args, **inputs.kwargs, backend=backend)

@@ -121,6 +121,11 @@ def _reference(op: str, sample_id: str, dtype: torch.dtype, seed: int) -> tuple[
     return tuple(run(op, r, seed=seed, backend="eager") for r in runs)  # type: ignore[return-value]
 
 
+def reference(op: str, sample_id: str, dtype: torch.dtype) -> Result:
+    """Outputs and gradients of the float64 reference, on the CPU."""
+    return _reference(op, sample_id, dtype, 0)[0]
+
+
 def _floor(spec: OpSpec, name: str, dtype: torch.dtype, sample: Sample, seed: int) -> float:
     if spec.magnitude is None:
         return 0.0
@@ -145,20 +150,20 @@ def plain_errors(op: str, sample_id: str, dtype: torch.dtype, name: str, kind: s
     return tuple(worst), floor
 
 
-def check_accuracy(op: str, sample: Sample, dtype: torch.dtype, backend: str, **run_options: Any) -> Result:
+def check_accuracy(op: str, sample: Sample, dtype: torch.dtype, backend: str, *, device: str = "cpu") -> Result:
     """Outputs and gradients of ``backend`` within the tolerance rule of the float64 reference."""
-    inputs = cast(make(sample, dtype), None)
+    inputs = cast(make(sample, dtype), None, device)
     before = {k: t.detach().clone() for k, t in inputs.leaves.items()}
-    result = run(op, inputs, backend=backend, **run_options)
+    result = run(op, inputs, backend=backend)
     implementation = get_spec(op).backend(backend)
     assert implementation is not None
-    exact = _reference(op, sample.id, dtype, 0)[0]
+    exact = reference(op, sample.id, dtype)
     for kind in ("outputs", "grads"):
         for name, value in getattr(result, kind).items():
             errors, floor = plain_errors(op, sample.id, dtype, name, kind)
             expected = getattr(exact, kind)[name]
             assert_accurate(
-                value,
+                value.cpu(),
                 expected,
                 errors,
                 name=f"{op} {sample.id} {kind} {name}",
@@ -174,13 +179,24 @@ def check_accuracy(op: str, sample: Sample, dtype: torch.dtype, backend: str, **
     return result
 
 
-def refusal(op: str, sample: Sample, dtype: torch.dtype, backend: str) -> list[str]:
+def check_compiled(op: str, sample: Sample, compiler: str, *, device: str = "cpu", **options: Any) -> None:
+    """The public function under ``torch.compile(fullgraph=True)`` gives what it gives without."""
+    inputs = cast(make(sample, torch.float32), None, device)
+    expected = run(op, inputs, **options)
+    function = torch.compile(getattr(eva02_kernels, op), fullgraph=True, backend=compiler)
+    found = run(op, inputs, function=function, **options)
+    for kind in ("outputs", "grads"):
+        for name, value in getattr(expected, kind).items():
+            torch.testing.assert_close(getattr(found, kind)[name], value)
+
+
+def refusal(op: str, sample: Sample, dtype: torch.dtype, backend: str, *, device: str = "cpu") -> list[str]:
     """Reasons why ``backend`` does not take the sample; empty where it does."""
     spec = get_spec(op)
     implementation = spec.backend(backend)
     if implementation is None:
         return [f"no {backend} kernel"]
-    args, kwargs = make(sample, dtype)
+    args, kwargs, _ = cast(make(sample, dtype), None, device)
     return list(implementation.unsupported("fwd", spec.canonical(*args, **kwargs)))
 
 
