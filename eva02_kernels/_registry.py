@@ -54,6 +54,11 @@ class Backend:
     unsupported: Callable[[str, tuple[Any, ...]], Sequence[str]]
     # Multiple of the tolerance rule's bounds that this backend is held to; above 1 only with the reason beside it.
     error_multiple: float = 1.0
+    float32_multiple: float | None = None  # the same in float32, where it is another one
+
+    def multiple(self, dtype: torch.dtype) -> float:
+        wide = dtype == torch.float32 and self.float32_multiple is not None
+        return self.float32_multiple if wide else self.error_multiple  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)

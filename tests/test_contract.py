@@ -44,7 +44,7 @@ def test_any_backward_takes_any_forward(op, sample, fwd, bwd, backend, device, m
     monkeypatch.setattr(_registry, "choose", choose)
     exact = contract.reference(op, sample.id, torch.float32)
     result = contract.run(op, contract.cast(contract.make(sample, torch.float32), None, device))
-    multiple = max(spec.backend(b).error_multiple for b in (fwd, bwd))
+    multiple = max(spec.backend(b).multiple(torch.float32) for b in (fwd, bwd))
     for name, value in result.grads.items():
         errors, floor = contract.plain_errors(op, sample.id, torch.float32, name, "grads")
         contract.assert_accurate(value.cpu(), exact.grads[name], errors, name=name, floor=floor, multiple=multiple)

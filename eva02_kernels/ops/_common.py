@@ -170,6 +170,7 @@ def triton_backend(
     *,
     suffix: str = "",
     error_multiple: float = 1.0,
+    float32_multiple: float | None = None,
 ) -> Backend:
     """``fwd<suffix>`` and ``bwd<suffix>`` of ``ops/<op>/triton_kernels.py``, which is imported by the first call."""
 
@@ -186,6 +187,7 @@ def triton_backend(
         lambda *args: getattr(kernels(), f"bwd{suffix}")(*args),
         reasons,
         error_multiple,
+        float32_multiple,
     )
 
 

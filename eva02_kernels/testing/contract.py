@@ -171,7 +171,7 @@ def check_accuracy(op: str, sample: Sample, dtype: torch.dtype, backend: str, *,
                 # the tested dtype.
                 dtype=value.dtype if kind == "outputs" else dtype,
                 floor=floor,
-                multiple=implementation.error_multiple,
+                multiple=implementation.multiple(dtype),
             )
     for name, t in inputs.leaves.items():
         if not torch.equal(t.detach(), before[name]):

@@ -13,7 +13,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,16 +25,16 @@ from eva02_kernels import _triton
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 AMD = {942: "gfx942"}
-# Shared memory a block can have and a multiprocessor has, registers and threads of a multiprocessor, by compute
+# Shared memory a block can have and a multiprocessor has, registers, threads and blocks of a multiprocessor, by compute
 # capability: CUDA C++ Programming Guide, table of technical specifications.
 LIMITS = {
-    75: (65536, 65536, 65536, 1024),
-    80: (166912, 167936, 65536, 2048),
-    86: (101376, 102400, 65536, 1536),
-    89: (101376, 102400, 65536, 1536),
-    90: (232448, 233472, 65536, 2048),
-    100: (232448, 233472, 65536, 2048),
-    120: (101376, 102400, 65536, 1536),
+    75: (65536, 65536, 65536, 1024, 16),
+    80: (166912, 167936, 65536, 2048, 32),
+    86: (101376, 102400, 65536, 1536, 16),
+    89: (101376, 102400, 65536, 1536, 24),
+    90: (232448, 233472, 65536, 2048, 32),
+    100: (232448, 233472, 65536, 2048, 32),
+    120: (101376, 102400, 65536, 1536, 24),
 }
 
 
@@ -51,6 +51,8 @@ class Kernel:
     signature: dict[str, str]
     binary: bytes = field(repr=False)
     grids: list[tuple[int, int, int]] = field(default_factory=list)
+    # Bytes of each tensor argument at each launch, by its name.
+    traffic: list[dict[str, int]] = field(default_factory=list)
 
     @functools.cached_property
     def resources(self) -> dict[str, int]:
@@ -93,13 +95,13 @@ class Kernel:
     @property
     def occupancy(self) -> float:
         """Resident threads over a multiprocessor's, by registers, shared memory and threads."""
-        _, shared, registers, threads = LIMITS[self.arch]
+        _, shared, registers, threads, most = LIMITS[self.arch]
         size = 32 * self.num_warps
-        # Registers are given to warps in units of 256, shared memory in units of 128 bytes plus 1 KiB a block.
+        # Registers are given to warps in units of 256, shared memory in units of 128 bytes plus 1 KiB a block from 8.0.
         per_warp = -(-self.registers * 32 // 256) * 256
-        blocks = min(threads // size, registers // (per_warp * self.num_warps), 32)
+        blocks = min(threads // size, registers // (per_warp * self.num_warps), most)
         if self.shared:
-            blocks = min(blocks, shared // (-(-self.shared // 128) * 128 + 1024))
+            blocks = min(blocks, shared // (-(-self.shared // 128) * 128 + (1024 if self.arch >= 80 else 0)))
         return blocks * size / threads
 
 
@@ -113,7 +115,11 @@ def _disassemble(tool: str, option: str, binary: bytes) -> str:
         return subprocess.run([path, option, file], capture_output=True, text=True, check=True).stdout
 
 
-def _driver(arch: int, on_launch: Any) -> Any:
+# What the context that is open does with a launch; Triton keeps launchers with compiled kernels, beyond a context's end.
+_on_launch: Callable[..., None]
+
+
+def _driver(arch: int) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.backends.driver import DriverBase
 
@@ -125,7 +131,8 @@ def _driver(arch: int, on_launch: Any) -> Any:
             self.src, self.metadata = src, metadata
 
         def __call__(self, x: int, y: int, z: int, stream: int, function: bytes, *rest: Any) -> None:
-            on_launch(self.src, self.metadata, function, (x, y, z))
+            # Behind the metadata of the kernel and of the launch and two hooks are the kernel's arguments.
+            _on_launch(self.src, self.metadata, function, (x, y, z), rest[4:])
 
     class Driver(DriverBase):
         launcher_cls = Launcher
@@ -179,11 +186,12 @@ def compiling(arch: int = 80) -> Iterator[list[Kernel]]:
     if knobs.runtime.interpret:
         raise RuntimeError("compiling: not in a process with TRITON_INTERPRET=1")
     kernels: dict[int, Kernel] = {}
+    global _on_launch
 
-    def on_launch(src: Any, metadata: Any, binary: bytes, grid: tuple[int, int, int]) -> None:
+    def on_launch(src: Any, metadata: Any, binary: bytes, grid: tuple[int, int, int], args: tuple[Any, ...]) -> None:
         kernel = kernels.get(id(src))
+        names = src.fn.arg_names
         if kernel is None:
-            names = src.fn.arg_names
             constants = {names[path[0]]: value for path, value in src.constants.items()}
             kernel = kernels[id(src)] = Kernel(
                 metadata.name, arch, metadata.num_warps, metadata.num_stages, metadata.shared, constants,
@@ -191,10 +199,13 @@ def compiling(arch: int = 80) -> Iterator[list[Kernel]]:
             )  # fmt: skip
             found.append(kernel)
         kernel.grids.append(grid)
+        tensors = {name: a for name, a in zip(names, args, strict=True) if isinstance(a, torch.Tensor)}
+        kernel.traffic.append({name: t.numel() * t.element_size() for name, t in tensors.items()})
 
     found: list[Kernel] = []
     before = driver._active, _triton.executing, _triton.target_arch
-    driver.set_active(_driver(arch, on_launch))
+    _on_launch = on_launch
+    driver.set_active(_driver(arch))
     _triton.executing, _triton.target_arch = "offline", arch
     try:
         yield found
