@@ -57,13 +57,49 @@ def _bfloat16_casts(cast: Any) -> Any:
     return cast_impl
 
 
+class _Bounds:
+    """The memory of the tensors that the kernel being interpreted was given; a load or store beyond it is an error."""
+
+    def __init__(self) -> None:
+        self.starts = self.ends = np.empty(0, np.uint64)
+
+    def noting(self, init_args: Any) -> Any:
+        """The interpreter's preparation of arguments, which also notes where their memory is."""
+
+        def init(executor: Any, args: Any, kwargs: Any) -> Any:
+            storages = (a.untyped_storage() for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor))
+            ranges = sorted({(s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages})
+            self.starts, self.ends = np.array(ranges, np.uint64).reshape(-1, 2).T
+            return init_args(executor, args, kwargs)
+
+        return init
+
+    def checking(self, access: Any, mask_at: int, what: str) -> Any:
+        """The interpreter's masked load or store, whose argument number ``mask_at`` is the mask."""
+
+        def checked(builder: Any, pointers: Any, *rest: Any) -> Any:
+            from triton.runtime.interpreter import _get_np_dtype
+
+            at = pointers.data[rest[mask_at].data.astype(bool)]
+            if at.size:
+                last = at + np.uint64(_get_np_dtype(pointers.get_element_ty()).itemsize)
+                place = np.searchsorted(self.starts, at, side="right")
+                outside = (place == 0) | (last > self.ends[place - 1]) if self.ends.size else np.ones(at.shape, bool)
+                if outside.any():
+                    raise IndexError(f"{what} outside the kernel's tensors: {int(outside.sum())} of {at.size} elements")
+            return access(builder, pointers, *rest)
+
+        return checked
+
+
 @contextlib.contextmanager
 def executing(mode: str) -> Iterator[None]:
     """Inside, the Triton backend takes CPU tensors and runs its kernels on the CPU.
 
     Args:
-        mode: ``"interpreter"``: Triton's interpreter executes the kernels' source. Kernels are decorated once, so the
-            process must have been started with ``TRITON_INTERPRET=1``.
+        mode: ``"interpreter"``: Triton's interpreter executes the kernels' source, and a load or store outside the
+            memory of a kernel's tensors raises. Kernels are decorated once, so the process must have been started with
+            ``TRITON_INTERPRET=1``.
     """
     if mode != "interpreter":
         raise ValueError(f"mode: expected 'interpreter'; got {mode!r}")
@@ -71,13 +107,23 @@ def executing(mode: str) -> Iterator[None]:
 
     if not knobs.runtime.interpret:
         raise RuntimeError("executing('interpreter'): start the process with TRITON_INTERPRET=1")
-    from triton.runtime.interpreter import InterpreterBuilder
+    from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
-    before, _triton.executing = _triton.executing, mode
-    cast = InterpreterBuilder.cast_impl
-    InterpreterBuilder.cast_impl = _bfloat16_casts(cast)
+    bounds = _Bounds()
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+    changes = (
+        (InterpreterBuilder, "cast_impl", _bfloat16_casts(InterpreterBuilder.cast_impl)),
+        (InterpreterBuilder, "create_masked_load", bounds.checking(load, 0, "load")),
+        (InterpreterBuilder, "create_masked_store", bounds.checking(store, 1, "store")),
+        (GridExecutor, "_init_args_hst", bounds.noting(GridExecutor._init_args_hst)),
+    )
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
+    executing_before, _triton.executing = _triton.executing, mode
+    for owner, name, value in changes:
+        setattr(owner, name, value)
     try:
         yield
     finally:
-        _triton.executing = before
-        InterpreterBuilder.cast_impl = cast
+        _triton.executing = executing_before
+        for owner, name, value in before:
+            setattr(owner, name, value)
