@@ -15,14 +15,14 @@ import torch
 from eva02_kernels import _triton
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Choice:
-    """Keyword arguments of a launch: the kernel's block sizes and the compiler's options."""
+    """Keyword arguments of a launch: the kernel's block sizes and the compiler's options. Compared by identity."""
 
     blocks: tuple[tuple[str, int], ...]
     num_warps: int = 4
     num_stages: int = 2
-    options: dict[str, Any] = field(init=False, compare=False, hash=False, repr=False)
+    options: dict[str, Any] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(

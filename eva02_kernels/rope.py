@@ -10,6 +10,7 @@ Source: Su et al., arXiv:2104.09864; EVA-02, arXiv:2303.11331; Heo et al., arXiv
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import NamedTuple
 
 import torch
@@ -171,7 +172,8 @@ def canonical_rope(
     """Check a table against the tokens that it is for and spell it out for an operator.
 
     ``num_patches`` and ``batch`` are those of the tokens; None for packed sequences, whose lengths are on the device.
-    ``dtype`` is the activations': the table stays float32 beside all but float64.
+    ``dtype`` is the activations': the table stays float32 beside all but float64. With ``EVA02_DEBUG=1`` in the
+    environment the values of ``keep_idx`` are checked, which waits for the device; GPU kernels do not check them.
     """
     if rope is None:
         if keep_idx is not None:
@@ -225,6 +227,10 @@ def canonical_rope(
                 f"rope: the table is for {capacity} patches, the sequence has {num_patches} after "
                 f"{num_prefix_tokens} prefix tokens (keep_idx tells which patches are there)"
             )
+    if keep_idx is not None and keep_idx.numel() and os.environ.get("EVA02_DEBUG", "0") not in ("", "0"):
+        least, largest = (int(n) for n in keep_idx.aminmax())
+        if least < 0 or largest >= capacity:
+            raise ValueError(f"keep_idx: expected patches 0..{capacity - 1}; got {least}..{largest}")
     if keep_idx is not None:
         keep_idx = keep_idx.contiguous()  # such as one row of indices expanded over the batch
     return RopeArgs(cos, sin, rope.grids, grid, layout, num_prefix_tokens, keep_idx)

@@ -87,7 +87,7 @@ class Kernel:
         widths: Counter[int] = Counter()
         for op, n in self.opcodes.items():
             if re.match(r"(LDG|STG|LDGSTS)\b", op):
-                found = re.search(r"\.(128|64)\b|\.[US](8|16)\b", op)
+                found = re.search(r"\.(256|128|64)\b|\.[US](8|16)\b", op)
                 bits = 32 if found is None else int(found[1] or found[2])
                 widths[bits // 8] += n
         return dict(widths)
@@ -115,7 +115,7 @@ def _disassemble(tool: str, option: str, binary: bytes) -> str:
         return subprocess.run([path, option, file], capture_output=True, text=True, check=True).stdout
 
 
-# What the context that is open does with a launch; Triton keeps launchers with compiled kernels, beyond a context's end.
+# What the open context does with a launch: Triton keeps launchers with their kernels, beyond the end of a context.
 _on_launch: Callable[..., None]
 
 

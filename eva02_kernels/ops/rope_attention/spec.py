@@ -263,6 +263,9 @@ def triton_unsupported(direction: str, args: tuple[Any, ...]) -> Sequence[str]:
     head_dim = args[0].shape[-1]
     if head_dim % 4 or not 4 <= head_dim <= 128:
         reasons.append(f"needs a head dim of 4..128 in steps of 4, got {head_dim}")
+    tokens, stride = args[0].shape[-3], args[0].stride(-3)
+    if tokens * stride >= 2**31:
+        reasons.append(f"needs sequences that span under 2**31 elements, got {tokens} tokens of {stride}")
     # The schema's shared arguments are the last ones, before `needs` in backward.
     shared = args[-NUM_SHARED:] if direction == "fwd" else args[-NUM_SHARED - 1 : -1]
     cos, grid, q_norm, k_norm = shared[0], shared[3], *shared[-3:-1]

@@ -685,7 +685,8 @@ def _gradients(
 def bwd(dout: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> list[Tensor]:
     *args, needs = args  # type: ignore[assignment]
     grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v)]
-    others = _gradients(dout, out, lse, q, k, v, tuple(args), *grads, needs[3:])
+    dq, dk, dv = grads
+    others = _gradients(dout, out, lse, q, k, v, tuple(args), dq, dk, dv, needs[3:])
     return [t for t, need in zip(grads, needs, strict=False) if need] + others
 
 
@@ -693,5 +694,7 @@ def bwd_packed(dout: Tensor, out: Tensor, lse: Tensor, qkv: Tensor, num_kv_heads
     *args, needs = args  # type: ignore[assignment]
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     split = functools.partial(split_packed, num_kv_heads=num_kv_heads)
-    others = _gradients(dout, out, lse, *split(qkv), tuple(args), *split(dqkv), needs[1:])
+    q, k, v = split(qkv)
+    dq, dk, dv = split(dqkv)
+    others = _gradients(dout, out, lse, q, k, v, tuple(args), dq, dk, dv, needs[1:])
     return ([dqkv] if needs[0] else []) + others

@@ -231,8 +231,8 @@ def _bytes(x: Tensor, w_gate: Tensor, b_gate: Any, w_up: Any, *rest: Any) -> tup
     return x.element_size() * (2 * t + kept), x.element_size() * (3 * t + kept + 2 * g)
 
 
-# Matrix instructions take 16-bit operands, so that in those types the normed input, gate, up, the hidden activations and
-# the gradients of all of these are rounded in turn; eager's run in the same dtype is as far off (3.5 times the plain
+# Matrix instructions take 16-bit operands: in those types the normed input, gate, up, the hidden activations and the
+# gradients of all of these are rounded in turn; eager's run in the same dtype is as far off (3.5 times the plain
 # bound for dw_up at F = 2730, where a float32 run rounded once is the yardstick). In float32 nothing is rounded.
 TRITON_ERROR_MULTIPLE = 4.0
 
