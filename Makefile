@@ -4,7 +4,7 @@ PYTHON := $(VENV)/bin/python
 DIST := dist
 SOURCES := $(wildcard csrc/*/*) csrc/exports.map CMakeLists.txt setup.py
 
-.PHONY: install test test-full demo lint bench wheel wheel-files
+.PHONY: install test test-full test-gpu demo lint bench wheel wheel-files
 install: $(VENV)/.built
 
 $(PYTHON):
@@ -28,17 +28,32 @@ define part
 	  "$$([ $$status = 0 ] || echo ', FAILED')" >> $(TIMES); [ $$status = 0 ] || { cat $(TIMES); exit $$status; }
 endef
 
+# Triton decorates a kernel for its interpreter or for its compiler: a process can have one of them.
+INTERPRETED := env TRITON_INTERPRET=1 $(PYTHON) -m pytest -q --backend triton
+
 test: install
 	@mkdir -p build && rm -f $(TIMES)
 	$(call part,contract,$(PYTHON) -m pytest -q -m "not full and not gpu and not wheel" tests/test_contract.py)
-	$(call part,rest,$(PYTHON) -m pytest -q -m "not full and not gpu and not wheel" --ignore=tests/test_contract.py tests)
+	$(call part,interpreter,$(INTERPRETED) -m "not full" tests/test_contract.py tests/test_interpreter.py)
+	$(call part,rest,$(PYTHON) -m pytest -q -m "not full and not gpu and not wheel" --ignore=tests/test_contract.py \
+	  --ignore=tests/test_interpreter.py tests)
 	$(call part,wheel,$(PYTHON) -m pytest -q -m "wheel and not full" tests/test_wheel.py)
 	@cat $(TIMES)
 
 test-full: install
 	@mkdir -p build && rm -f $(TIMES)
-	$(call part,tests,$(PYTHON) -m pytest -q -m "not gpu and not wheel" tests)
+	$(call part,tests,$(PYTHON) -m pytest -q -m "not gpu and not wheel" --ignore=tests/test_interpreter.py tests)
+	$(call part,interpreter,$(INTERPRETED) tests/test_contract.py tests/test_interpreter.py)
 	$(call part,wheel,$(PYTHON) -m pytest -q -m wheel tests/test_wheel.py)
+	@cat $(TIMES)
+
+# On a machine with a GPU: the same contract suite and what only a GPU can show, then the benchmarks, whose JSON is to be
+# committed.
+test-gpu: install
+	@mkdir -p build && rm -f $(TIMES)
+	$(call part,contract,$(PYTHON) -m pytest -q --backend triton --device cuda tests/test_contract.py)
+	$(call part,gpu,$(PYTHON) -m pytest -q -m gpu tests/test_gpu.py)
+	$(PYTHON) -m benchmarks.run --suite ops --device cuda --dtype bfloat16 --json benchmarks/results/ops-gpu.json
 	@cat $(TIMES)
 
 demo: install

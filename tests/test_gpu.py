@@ -1,0 +1,95 @@
+"""What only a GPU can show of the Triton backend, beside the contract suite with ``--backend triton --device cuda``."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import eva02_kernels
+from eva02_kernels._registry import OP_NAMES, get_spec
+from eva02_kernels.testing import contract
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+
+
+def _smoke(op):
+    return next(s for s in get_spec(op).samples() if s.smoke)
+
+
+@pytest.mark.parametrize("op", OP_NAMES)
+def test_forward_and_backward_are_captured_in_a_graph(op):
+    inputs = contract.cast(contract.make(_smoke(op), torch.float32), None, "cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            expected = contract.run(op, inputs, backend="triton")
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = contract.run(op, inputs, backend="triton")
+    for kind in ("outputs", "grads"):
+        for value in getattr(found, kind).values():
+            value.fill_(float("nan"))
+    graph.replay()
+    for kind in ("outputs", "grads"):
+        for name, value in getattr(found, kind).items():
+            assert torch.equal(value, getattr(expected, kind)[name]), name
+
+
+@pytest.mark.parametrize("op", OP_NAMES)
+def test_nothing_waits_for_the_device(op):
+    inputs = contract.cast(contract.make(_smoke(op), torch.float32), None, "cuda")
+    contract.run(op, inputs, backend="triton")  # compilation may
+    outputs = getattr(eva02_kernels, op)(*inputs.args, **inputs.kwargs, backend="triton")
+    outputs = [o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if o.requires_grad]
+    grads = contract.output_grads({str(i): o for i, o in enumerate(outputs)}, 0)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        getattr(eva02_kernels, op)(*inputs.args, **inputs.kwargs, backend="triton")
+        torch.autograd.grad(outputs, list(inputs.leaves.values()), grads, allow_unused=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_current_stream_is_used():
+    x = torch.zeros(64, 4096, device="cuda")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        x.fill_(1.0)  # seen by the kernel only if it is queued behind
+        out = eva02_kernels.swiglu(x, x, backend="triton")
+    stream.synchronize()
+    torch.testing.assert_close(out, torch.nn.functional.silu(x) * x)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_device_of_the_tensors_is_used():
+    x = torch.randn(8, 64, device="cuda:1")
+    with torch.cuda.device(0):
+        out = eva02_kernels.swiglu(x, x, backend="triton")
+    torch.testing.assert_close(out, torch.nn.functional.silu(x) * x)
+
+
+@pytest.mark.parametrize("op", OP_NAMES)
+def test_auto_takes_triton(op):
+    inputs = contract.cast(contract.make(_smoke(op), torch.bfloat16), None, "cuda")
+    assert eva02_kernels.select(op, *inputs.args, **inputs.kwargs).backend == "triton"
+
+
+@pytest.mark.parametrize("op", ["rope_attention", "swiglu_mlp", "qkv_rope", "linear"])
+def test_tf32_follows_torchs_switch(op):
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        results = []
+        for allow in (False, True):
+            torch.backends.cuda.matmul.allow_tf32 = allow
+            inputs = contract.cast(contract.make(_smoke(op), torch.float32), None, "cuda")
+            results.append(contract.run(op, inputs, backend="triton").outputs["out0"])
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    torch.testing.assert_close(*results, rtol=2e-2, atol=2e-2)
+    assert torch.cuda.get_device_capability()[0] < 8 or not torch.equal(*results)

@@ -1,0 +1,55 @@
+"""The interpreter's own traps, in a process with TRITON_INTERPRET=1 (``make test`` starts one)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from eva02_kernels.ops._triton_lib import dot
+from eva02_kernels.testing import executing
+
+pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="needs TRITON_INTERPRET=1")
+
+
+@triton.jit
+def _dot_kernel(a_ptr, b_ptr, ours_ptr, plain_ptr, N: tl.constexpr):
+    at = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+    a, b = tl.load(a_ptr + at), tl.load(b_ptr + at)
+    tl.store(ours_ptr + at, dot(a, b, tl.zeros([N, N], tl.float32), "ieee"))
+    tl.store(plain_ptr + at, tl.dot(a, b))
+
+
+@triton.jit
+def _round_kernel(x_ptr, out_ptr, N: tl.constexpr):
+    at = tl.arange(0, N)
+    tl.store(out_ptr + at, tl.load(x_ptr + at).to(tl.bfloat16))
+
+
+def test_bfloat16_products_are_right_where_the_interpreters_own_are_not():
+    a, b = torch.randn(2, 16, 16).bfloat16().unbind(0)
+    ours, plain = torch.empty(2, 16, 16).unbind(0)
+    with executing("interpreter"):
+        _dot_kernel[(1,)](a, b, ours, plain, N=16)
+    exact = a.float() @ b.float()
+    torch.testing.assert_close(ours, exact)
+    assert not torch.allclose(plain, exact)  # if this fails, the interpreter was mended: `dot` need not cast
+
+
+def test_float32_is_rounded_to_the_nearest_bfloat16():
+    special = torch.tensor([0.0, -0.0, float("inf"), float("-inf"), float("nan"), 1.00390625, 1.01171875, 3.4e38])
+    x = torch.cat([torch.randn(4096 - len(special)) * 10 ** torch.randn(4096 - len(special)), special])
+    out = torch.empty(4096, dtype=torch.bfloat16)
+    with executing("interpreter"):
+        _round_kernel[(1,)](x, out, N=4096)
+    torch.testing.assert_close(out, x.bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_interpreter_is_left_as_it_was():
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    before = InterpreterBuilder.cast_impl
+    with executing("interpreter"):
+        assert InterpreterBuilder.cast_impl is not before
+    assert InterpreterBuilder.cast_impl is before
