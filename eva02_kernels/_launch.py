@@ -155,12 +155,12 @@ def fused_gemm(arch: int, dtype: torch.dtype) -> tuple[bool, str]:
     if torch.version.hip is not None:
         return False, "AMD: Triton's products are not tuned for its matrix cores here"
     if arch < 80:
-        return False, f"compute capability {arch / 10} has no asynchronous copies to pipeline with"
+        return False, "no asynchronous copies to pipeline with"
     if arch >= 90:
-        return False, f"compute capability {arch / 10}: cuBLAS has a warp-specialised pipeline, Triton's product not"
+        return False, "cuBLAS is pipelined for this architecture, Triton's product is not"
     if _triton.dot_precision(dtype) == "ieee" and dtype == torch.float32:
         return False, "float32 without TF32: Triton multiplies outside the tensor cores"
-    return True, f"compute capability {arch / 10}: tensor cores with asynchronous copies"
+    return True, "tensor cores with asynchronous copies"
 
 
 def gemm_route(arch: int, dtype: torch.dtype) -> str:

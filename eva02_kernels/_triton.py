@@ -27,7 +27,8 @@ target_arch = 80
 
 
 @functools.cache
-def _missing() -> str | None:
+def missing() -> str | None:
+    """Why Triton cannot be used at all; None where it can."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (it comes with CUDA and ROCm builds of torch)"
     return None
@@ -42,7 +43,7 @@ def unsupported(args: Sequence[Any]) -> Sequence[str]:
             return (f"needs GPU tensors, got {device}",)
         if executing is None:
             return ("needs GPU tensors, got cpu (CPU tensors run inside eva02_kernels.testing.executing only)",)
-    reason = _missing()
+    reason = missing()
     if reason is not None:
         return (reason,)
     if main.dtype not in DTYPES:

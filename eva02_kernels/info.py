@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.metadata
 import json
 import platform
 from typing import Any
@@ -11,7 +12,8 @@ from typing import Any
 import torch
 
 import eva02_kernels
-from eva02_kernels import _native
+from eva02_kernels import _native, _triton
+from eva02_kernels._launch import gemm_route
 from eva02_kernels._registry import BACKENDS, OP_NAMES, OpSpec, get_spec
 
 
@@ -26,6 +28,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
+        "triton": importlib.metadata.version("triton") if _triton.missing() is None else None,
         "cuda_device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cpu_library": library,
         "build": build,
@@ -39,10 +42,29 @@ def backend_state(spec: OpSpec, name: str) -> str:
         return "no kernel in this release"
     if name == "eager":
         return "plain PyTorch, any device and dtype; the reference"
+    if name == "triton":
+        return triton_state(spec.name)
     sample = next(s for s in spec.samples() if s.smoke)
     args, kwargs = sample.make(torch.float32, torch.Generator().manual_seed(0))
     reasons = backend.unsupported("fwd", spec.canonical(*args, **kwargs))
     return "; ".join(reasons) if reasons else f"runs, forward and backward ({_native.cpu_isa()})"
+
+
+PRODUCTS = ("qkv_rope", "linear", "swiglu_mlp", "gelu_mlp")  # operators that are matrix products
+
+
+def triton_state(op: str | None = None) -> str:
+    """In words: whether Triton kernels run here, and where the products of ``op`` are computed."""
+    reason = _triton.missing() or (None if torch.cuda.is_available() else "no GPU")
+    if reason:
+        text, devices = f"does not run here: {reason}", (80, 90)
+    else:
+        device = torch.device("cuda", torch.cuda.current_device())
+        text, devices = f"runs on {torch.cuda.get_device_name(device)}", (_triton.architecture(device),)
+    if op in PRODUCTS:
+        routes = [f"bfloat16 products on {arch / 10}: {gemm_route(arch, torch.bfloat16)}" for arch in devices]
+        text = "\n          ".join([text, *routes])
+    return text
 
 
 def print_overview() -> None:
@@ -56,7 +78,8 @@ def print_overview() -> None:
         print(f"cpu           {library['missing']}")
     for key, value in values["build"].items():
         print(f"  {key:<12}{', '.join(map(str, value)) if isinstance(value, list) else value}")
-    print("cuda, triton  no kernels in this release; tensors on a GPU run on eager")
+    print(f"triton        {triton_state()}")
+    print("cuda          no kernels in this release")
     print()
     width = max(map(len, OP_NAMES))
     for name in OP_NAMES:

@@ -1,7 +1,7 @@
 """add_layer_norm: residual add (with layer scale and drop path) and the LayerNorm or RMSNorm after it, in one pass.
 
-Files: ``reference.py`` the formula, ``spec.py`` schema, autograd, samples and bytes, ``native.py`` the adapter to
-``csrc/add_layer_norm``.
+Files: ``reference.py`` the formula, ``spec.py`` schema, autograd, samples and bytes, ``triton_kernels.py`` the GPU
+kernels, ``native.py`` the adapter to ``csrc/add_layer_norm``.
 """
 
 from __future__ import annotations

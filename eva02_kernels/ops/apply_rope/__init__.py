@@ -1,7 +1,7 @@
 """apply_rope: rotate the patch tokens of one tensor (2-D RoPE); prefix tokens pass through.
 
-Files: ``spec.py`` schema, autograd, samples and bytes, ``native.py`` the adapter to ``csrc/apply_rope``; the formula
-is ``eva02_kernels.rope.rotate``.
+Files: ``spec.py`` schema, autograd, samples and bytes, ``triton_kernels.py`` the GPU kernels, ``native.py`` the adapter
+to ``csrc/apply_rope``; the formula is ``eva02_kernels.rope.rotate``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """gather_layer_norm: the final LayerNorm on the selected tokens only.
 
-Files: ``spec.py`` formula, schema, autograd, samples and bytes, ``native.py`` the adapter to
-``csrc/gather_layer_norm``.
+Files: ``spec.py`` formula, schema, autograd, samples and bytes, ``triton_kernels.py`` the GPU kernels, ``native.py``
+the adapter to ``csrc/gather_layer_norm``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """gather_tokens: pick tokens by index; its backward is a deterministic sum over duplicates.
 
-Files: ``reference.py`` the formula, ``spec.py`` schema, autograd, samples and bytes, ``native.py`` the adapter to
-``csrc/gather_tokens``; ``ragged_index`` makes the flat index of a ragged batch.
+Files: ``reference.py`` the formula, ``spec.py`` schema, autograd, samples and bytes, ``triton_kernels.py`` the GPU
+kernels, ``native.py`` the adapter to ``csrc/gather_tokens``; ``ragged_index`` makes the flat index of a ragged batch.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """mask_tokens: the tokens a ViT starts from: mask blend, prefix tokens and position embedding in one pass.
 
-Files: ``spec.py`` formula, schema, autograd, samples and bytes, ``native.py`` the adapter to ``csrc/mask_tokens``.
+Files: ``spec.py`` formula, schema, autograd, samples and bytes, ``triton_kernels.py`` the GPU kernels, ``native.py``
+the adapter to ``csrc/mask_tokens``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """masked_cosine_loss: mean negative cosine similarity of predictions and selected teacher features.
 
-Files: ``spec.py`` formula, schema, autograd, samples and bytes, ``native.py`` the adapter to
-``csrc/masked_cosine_loss``.
+Files: ``spec.py`` formula, schema, autograd, samples and bytes, ``triton_kernels.py`` the GPU kernels, ``native.py``
+the adapter to ``csrc/masked_cosine_loss``.
 """
 
 from __future__ import annotations

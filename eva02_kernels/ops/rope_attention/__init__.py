@@ -1,7 +1,8 @@
 """rope_attention: flash attention that rotates q and k (2-D RoPE) on load.
 
-Files: ``reference.py`` the formula, ``spec.py`` schema, autograd, samples and bytes, ``native.py`` the adapter to
-``csrc/rope_attention``. ``rope_attention_packed`` beside it takes one packed qkv and shares all of them.
+Files: ``reference.py`` the formula, ``spec.py`` schema, autograd, samples and bytes, ``triton_kernels.py`` the GPU
+kernels, ``native.py`` the adapter to ``csrc/rope_attention``. ``rope_attention_packed`` beside it takes one packed qkv
+and shares all of them.
 """
 
 from __future__ import annotations

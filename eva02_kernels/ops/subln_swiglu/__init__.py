@@ -1,7 +1,7 @@
 """subln_swiglu: LayerNorm of silu(gate) * up, the normalised hidden layer of EVA-02 B and L.
 
-Files: ``reference.py`` the formula, ``spec.py`` schema, autograd, samples and bytes, ``native.py`` the adapter to
-``csrc/subln_swiglu``.
+Files: ``reference.py`` the formula, ``spec.py`` schema, autograd, samples and bytes, ``triton_kernels.py`` the GPU
+kernels, ``native.py`` the adapter to ``csrc/subln_swiglu``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """swiglu: silu(gate) * up, the activation of a gated feed-forward network.
 
-Files: ``reference.py`` the formula, ``spec.py`` schema, autograd, samples and bytes, ``native.py`` the adapter to
-``csrc/swiglu``.
+Files: ``reference.py`` the formula, ``spec.py`` schema, autograd, samples and bytes, ``triton_kernels.py`` the GPU
+kernels, ``native.py`` the adapter to ``csrc/swiglu``.
 """
 
 from __future__ import annotations
