@@ -56,6 +56,7 @@ PRODUCTS = ("qkv_rope", "linear", "swiglu_mlp", "gelu_mlp")  # operators that ar
 def triton_state(op: str | None = None) -> str:
     """In words: whether Triton kernels run here, and where the products of ``op`` are computed."""
     reason = _triton.missing() or (None if torch.cuda.is_available() else "no GPU")
+    devices: tuple[int, ...]
     if reason:
         text, devices = f"does not run here: {reason}", (80, 90)
     else:

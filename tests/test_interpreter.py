@@ -1,4 +1,4 @@
-"""The interpreter's own traps, in a process with TRITON_INTERPRET=1 (``make test`` starts one)."""
+"""The interpreter's traps, and the route it does not take by itself. ``make test`` sets TRITON_INTERPRET=1 for it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from samples import samples
 
+from eva02_kernels import _launch
 from eva02_kernels.ops._triton_lib import dot
-from eva02_kernels.testing import executing
+from eva02_kernels.testing import contract, executing, nan_filled_memory
 
 pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="needs TRITON_INTERPRET=1")
 
@@ -53,3 +55,15 @@ def test_the_interpreter_is_left_as_it_was():
     with executing("interpreter"):
         assert InterpreterBuilder.cast_impl is not before
     assert InterpreterBuilder.cast_impl is before
+
+
+@pytest.mark.parametrize(
+    ("op", "sample"),
+    [p for p in samples(large=False) if p.values[0] in ("linear", "qkv_rope", "swiglu_mlp", "gelu_mlp")],
+)
+def test_products_by_torch_with_kernels_around_them_are_accurate(op, sample, monkeypatch):
+    """The route of compute capability 9.0 and later; the interpreter takes that of 8.x."""
+    monkeypatch.setattr(_launch, "force_fused", False)
+    with executing("interpreter"), nan_filled_memory():
+        for dtype in (torch.float32, torch.bfloat16) if sample.smoke else (torch.float32,):
+            contract.check_accuracy(op, sample, dtype, "triton")
