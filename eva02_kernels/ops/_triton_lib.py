@@ -93,8 +93,8 @@ def sum_of_run(x_ptr, order_ptr, begin, end, cols, stride, N: tl.constexpr, BLOC
     return total
 
 
-@triton.jit
-def _column_sums_kernel(partial_ptr, out_ptr, P, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
+@triton.jit(do_not_specialize=["P"])
+def _column_sums_kernel(partial_ptr, out_ptr, P, N, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
     for start in range(0, P, BLOCK_P):
@@ -105,10 +105,13 @@ def _column_sums_kernel(partial_ptr, out_ptr, P, N: tl.constexpr, BLOCK_P: tl.co
 
 
 def column_sums(partials: Tensor, out: Tensor) -> Tensor:
-    """out (N,) = sums of ``partials`` (programs, N) float32, in a fixed order."""
+    """out (N,) = sums of ``partials`` (programs, N) float32, in a fixed order.
+
+    One kernel for all widths: that of a position embedding varies with the grid.
+    """
     programs, width = partials.shape
     grid = (triton.cdiv(width, COLUMN_SUMS["BLOCK_N"]),)
-    _triton.launch(_column_sums_kernel, grid, COLUMN_SUMS, partials, out, programs, N=width)
+    _triton.launch(_column_sums_kernel, grid, COLUMN_SUMS, partials, out, programs, width)
     return out
 
 
@@ -142,9 +145,11 @@ def inverse_index(index: Tensor, rows: int) -> tuple[Tensor, Tensor]:
 def inverse_token_index(idx: Tensor, batch: int, seq_len: int) -> tuple[Tensor, Tensor]:
     """:func:`inverse_index` of the tokens that ``idx`` (B, K) or flat (M,) picks; entries out of range are padding."""
     flat = idx.dim() == 1
-    rows = idx if flat else idx + seq_len * torch.arange(batch, dtype=idx.dtype, device=idx.device)[:, None]
     padding = (idx < 0) | (idx >= (batch * seq_len if flat else seq_len))
-    return inverse_index(rows.masked_fill(padding, -1).int(), batch * seq_len)
+    rows = idx.int()
+    if not flat:
+        rows = rows + seq_len * torch.arange(batch, dtype=torch.int32, device=idx.device)[:, None]
+    return inverse_index(rows.masked_fill(padding, -1), batch * seq_len)
 
 
 @triton.jit

@@ -112,12 +112,14 @@ def _backward(ctx: Any, dnormed: Tensor | None, dsum: Tensor | None, *_: None) -
     if dnormed is None:  # only the sum was used: the norm contributes nothing
         dnormed = torch.zeros_like(total)
     flags = ctx.needs_input_grad
-    needs = [flags[0], flags[1], flags[2], flags[3], flags[5]]
+    # Without scales x and residual have one gradient, which is written once.
+    same = flags[0] and flags[1] and layer_scale is None and row_scale is None
+    needs = [flags[0], flags[1] and not same, flags[2], flags[3], flags[5]]
     grads = torch.ops.eva02_kernels.add_layer_norm_bwd.default(
         dnormed, dsum, total, weight, bias, mean, rstd, x, layer_scale, row_scale, ctx.eps, ctx.rms, needs, ctx.backend
     )
     dx, dresidual, dweight, dbias, dscale = scatter_grads(grads, needs)
-    return dx, dresidual, dweight, dbias, None, dscale, None, None
+    return dx, dx if same else dresidual, dweight, dbias, None, dscale, None, None
 
 
 def _eager_bwd(

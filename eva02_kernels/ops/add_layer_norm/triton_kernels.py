@@ -3,7 +3,7 @@
 Fused: drop path, layer scale, residual add, LayerNorm or RMSNorm; backward all gradients in one pass, those of the
 parameters as one partial sum a program and a second kernel that adds them (no atomics, a fixed order).
 Bytes: every tensor is read or written once, the minimum, and 4 bytes a row for each statistic; the partial sums add at
-most 5 % where there are 32 rows or more for each program.
+most 5 % where there are 64 rows or more for each program.
 Launch: whole rows in registers, one program for BLOCK_M rows forward, a strided share of the rows backward.
 Numerics: float32, one rounding an output; the sum is rounded before its statistics, so that the normed rows are a
 function of the sum that is kept; the variance from centred values. Limits: 16,384 columns.

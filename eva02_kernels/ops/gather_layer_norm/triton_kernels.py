@@ -116,7 +116,8 @@ def bwd(
     rows, launch = batch * seq_len, whole_rows(width)
     programs = triton.cdiv(rows, launch["BLOCK_M"])
     if present(parameters):
-        programs = _triton.num_partials(rows, launch["BLOCK_M"], x.device)
+        # Of the tokens, those that were picked are read: partial sums are few beside them.
+        programs = _triton.num_partials(min(rows, idx.numel()), launch["BLOCK_M"], x.device)
     partials = [parameter_partials(p, True, programs, x.device) for p in parameters]
     dout, x = rows_2d(dout), last_dense(x)
     _triton.launch(

@@ -127,7 +127,8 @@ def bwd(
     # Where no gradient of a parameter is wanted there are no partial sums to keep few.
     parts = batch
     if present(parameters):
-        parts = max(1, _triton.num_partials(batch * blocks * pieces, 1, device) // (blocks * pieces))
+        # At most one part for 32 samples: their tiles are all that a program has to load.
+        parts = max(1, _triton.num_partials(2 * batch * blocks * pieces, 1, device) // (blocks * pieces))
     share = triton.cdiv(batch, parts)
     parts = triton.cdiv(batch, share)
     partials = [

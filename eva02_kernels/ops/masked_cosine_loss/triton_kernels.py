@@ -73,7 +73,8 @@ def _cosine_kernel(
     tl.store(stats + 2 * tl.cast(M, tl.int64), tl.where(counts, cosine, 0.0), mask=rows < M)
 
 
-@triton.jit(do_not_specialize=["M", "T"])
+# The cosines begin behind two other statistics of any number of rows.
+@triton.jit(do_not_specialize=["M", "T"], do_not_specialize_on_alignment=["cosine_ptr"])
 def _mean_kernel(cosine_ptr, dloss_ptr, idx_ptr, out_ptr, M, T, BLOCK: tl.constexpr):
     """out = -mean of the cosines of the rows that count, or, given dloss, the gradient of each of them."""
     total = tl.zeros([BLOCK], tl.float32)

@@ -3,7 +3,7 @@
 Fused: LayerNorm(silu(gate) * up); backward all gradients in one pass, those of weight and bias as one partial sum a
 program and a second kernel that adds them (no atomics, a fixed order).
 Bytes: forward reads 2 and writes 1, backward reads 3 and writes 2 elements for each of the output: the minimum, and
-4 bytes a row for each statistic; the partial sums add at most 5 % where there are 32 rows or more for each program.
+4 bytes a row for each statistic; the partial sums add at most 3 % where there are 64 rows or more for each program.
 Launch: whole rows in registers, one program for BLOCK_M rows forward, a strided share of the rows backward.
 Numerics: float32, the variance from centred values; one rounding an output. Limits: 16,384 columns.
 """
