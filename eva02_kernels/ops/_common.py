@@ -310,6 +310,11 @@ def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if t is None else t.contiguous() for t in tensors)
 
 
+def nonempty(*tensors: Tensor) -> tuple[Tensor | None, ...]:
+    """None in the place of every saved tensor that stands for nothing."""
+    return tuple(t if t.numel() else None for t in tensors)
+
+
 def view_2d(t: Tensor) -> Tensor:
     """(rows, N) view of a contiguous tensor, of a zero-size one too."""
     return t.view(num_rows(t), t.shape[-1])

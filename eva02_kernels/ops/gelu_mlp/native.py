@@ -12,6 +12,7 @@ from eva02_kernels.ops._common import (
     contiguous,
     empty_like_needed,
     empty_stats,
+    nonempty,
     num_rows,
     padded,
     present,
@@ -51,17 +52,13 @@ def _kernel_args(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (rows_2d(w1), *contiguous(b1), rows_2d(w2), *contiguous(b2, pre_weight, pre_bias), pre_eps)
 
 
-def _or_none(*tensors: Tensor) -> tuple[Tensor | None, ...]:
-    return tuple(t if t.numel() else None for t in tensors)
-
-
 def fwd(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     layer_scale, row_scale, add_x = args[8:11]
     outputs = empty_outputs(x, args)
     out, *kept = outputs
     if out.numel():
         torch.ops.eva02_kernels_C.gelu_mlp_fwd_cpu.default(
-            rows_2d(x), *_kernel_args(args), *contiguous(layer_scale, row_scale), add_x, view_2d(out), *_or_none(*kept)
+            rows_2d(x), *_kernel_args(args), *contiguous(layer_scale, row_scale), add_x, view_2d(out), *nonempty(*kept)
         )
     return outputs
 
@@ -78,7 +75,7 @@ def bwd(dout: Tensor, hidden: Tensor, pre_mean: Tensor, pre_rstd: Tensor, x: Ten
             *_kernel_args(tuple(args))[:-1],  # backward needs no eps: it has rstd
             *contiguous(layer_scale, row_scale),
             add_x,
-            *_or_none(hidden, pre_mean, pre_rstd),
+            *nonempty(hidden, pre_mean, pre_rstd),
             None if dx is None else view_2d(dx),
             *parameters,
         )

@@ -12,6 +12,7 @@ from eva02_kernels.ops._common import (
     contiguous,
     empty_like_needed,
     empty_stats,
+    nonempty,
     num_rows,
     padded,
     present,
@@ -69,17 +70,13 @@ def _kernel_args(args: tuple[Any, ...]) -> tuple[Any, ...]:
     )
 
 
-def _or_none(*tensors: Tensor) -> tuple[Tensor | None, ...]:
-    return tuple(t if t.numel() else None for t in tensors)
-
-
 def fwd(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     layer_scale, row_scale, add_x = args[13:16]
     outputs = empty_outputs(x, args)
     out, *kept = outputs
     if out.numel():
         torch.ops.eva02_kernels_C.swiglu_mlp_fwd_cpu.default(
-            rows_2d(x), *_kernel_args(args), *contiguous(layer_scale, row_scale), add_x, view_2d(out), *_or_none(*kept)
+            rows_2d(x), *_kernel_args(args), *contiguous(layer_scale, row_scale), add_x, view_2d(out), *nonempty(*kept)
         )
     return outputs
 
@@ -100,7 +97,7 @@ def bwd(
             *kernel_args,
             *contiguous(layer_scale, row_scale),
             add_x,
-            *_or_none(gate_up, mean, rstd, pre_mean, pre_rstd),
+            *nonempty(gate_up, mean, rstd, pre_mean, pre_rstd),
             None if dx is None else view_2d(dx),
             *parameters,
         )
