@@ -91,12 +91,12 @@ def pair_chunks(head_dim: int) -> tuple[int, int]:
 _ATTENTION = {
     "fwd": {
         64: (choice(4, 2, BLOCK_M=64, BLOCK_N=64), choice(8, 2, BLOCK_M=128, BLOCK_N=64)),
-        96: (choice(4, 2, BLOCK_M=64, BLOCK_N=32), choice(4, 1, BLOCK_M=64, BLOCK_N=64)),
-        128: (choice(8, 2, BLOCK_M=64, BLOCK_N=32), choice(4, 1, BLOCK_M=32, BLOCK_N=64)),
+        96: (choice(4, 2, BLOCK_M=64, BLOCK_N=32), choice(8, 2, BLOCK_M=128, BLOCK_N=32)),
+        128: (choice(8, 2, BLOCK_M=64, BLOCK_N=32), choice(8, 1, BLOCK_M=128, BLOCK_N=32)),
     },
     "dq": {
         64: (choice(4, 2, BLOCK_M=64, BLOCK_N=32), choice(8, 2, BLOCK_M=128, BLOCK_N=32)),
-        96: (choice(4, 2, BLOCK_M=64, BLOCK_N=32), choice(4, 1, BLOCK_M=32, BLOCK_N=64)),
+        96: (choice(4, 2, BLOCK_M=64, BLOCK_N=32), choice(8, 2, BLOCK_M=128, BLOCK_N=32)),
         128: (choice(8, 2, BLOCK_M=64, BLOCK_N=32), choice(4, 1, BLOCK_M=32, BLOCK_N=32)),
     },
     "dkdv": {
@@ -105,23 +105,31 @@ _ATTENTION = {
         128: (choice(8, 1, BLOCK_M=16, BLOCK_N=128), choice(4, 1, BLOCK_M=32, BLOCK_N=32)),
     },
 }
-# float32 products without TF32 have no matrix instruction: operands are in registers too.
+# float32 products without TF32 have no matrix instruction: operands are in registers too. The same goes for every
+# product on 7.5, whose matrix instructions Triton does not use.
 _ATTENTION_FLOAT32 = {
     64: choice(8, 1, BLOCK_M=32, BLOCK_N=32),
     96: choice(8, 1, BLOCK_M=32, BLOCK_N=32),
     128: choice(8, 1, BLOCK_M=16, BLOCK_N=16),
 }
+_ATTENTION_75 = {
+    64: choice(8, 1, BLOCK_M=16, BLOCK_N=32),
+    96: choice(8, 1, BLOCK_M=16, BLOCK_N=16),
+    128: choice(8, 1, BLOCK_M=16, BLOCK_N=16),
+}
 
 
-def attention_chunks(dtype: torch.dtype, head_dim: int) -> tuple[int, int]:
-    """Channel pairs of the tiles of a head; smaller ones for float32, whose products hold their operands."""
+def attention_chunks(dtype: torch.dtype, head_dim: int, arch: int) -> tuple[int, int]:
+    """Channel pairs of the tiles of a head; smaller ones for products that hold their operands."""
     first, second = pair_chunks(head_dim)
-    return (32, 32) if dtype == torch.float32 and first == 64 else (first, second)
+    return (32, 32) if first == 64 and (dtype == torch.float32 or arch < 80) else (first, second)
 
 
-def attention(kernel: str, dtype: torch.dtype, head_dim: int) -> tuple[Choice, ...]:
+def attention(kernel: str, dtype: torch.dtype, head_dim: int, arch: int) -> tuple[Choice, ...]:
     """Choices of rope_attention's kernel ``"fwd"``, ``"dq"`` or ``"dkdv"``."""
     channels = next(n for n in (64, 96, 128) if head_dim <= n)
+    if arch < 80:
+        return (_ATTENTION_75[channels],)
     return (_ATTENTION_FLOAT32[channels],) if dtype == torch.float32 else _ATTENTION[kernel][channels]
 
 
@@ -180,7 +188,7 @@ _GEMM_16_BIT = {
     "plain": (_tiles(128, 256, 64, 8, 3), _tiles(128, 128, 64, 8, 3), _tiles(64, 128, 32, 4, 4),
               _tiles(64, 64, 64, 4, 3)),
     "rich": (_tiles(128, 128, 64, 8, 3), _tiles(64, 128, 32, 4, 4), _tiles(64, 64, 64, 4, 3)),
-    "dual": (_tiles(128, 64, 64, 8, 3), _tiles(128, 64, 32, 4, 4), _tiles(64, 64, 64, 4, 4)),
+    "dual": (_tiles(128, 64, 64, 8, 3), _tiles(128, 64, 32, 8, 4), _tiles(64, 64, 32, 4, 4)),
 }  # fmt: skip
 _GEMM_16_BIT_80 = {
     "plain": (_tiles(128, 256, 64, 8, 4), *_GEMM_16_BIT["plain"][1:]),

@@ -548,7 +548,8 @@ def _prepare(q: Tensor, args: tuple[Any, ...]) -> _Call:
     mask, cu_seqlens, max_seqlen, causal, scale, q_norm, k_norm, norm_eps = args[NUM_ROPE_ARGS:]
     tensors, integers, constants = rope_arguments(rope)
     head_dim, heads = q.shape[-1], q.shape[-2]
-    p0, p1 = _launch.attention_chunks(q.dtype, head_dim)
+    arch = _triton.architecture(q.device)
+    p0, p1 = _launch.attention_chunks(q.dtype, head_dim, arch)
     constants |= {"P0": p0, "P1": p1, "HALF": head_dim // 2, "CAUSAL": causal,
                   "PRECISION": _triton.dot_precision(q.dtype)}  # fmt: skip
     if cu_seqlens is None:
@@ -558,7 +559,7 @@ def _prepare(q: Tensor, args: tuple[Any, ...]) -> _Call:
         sequences, longest = cu_seqlens.numel() - 1, max_seqlen
         lse_strides = (0, q.shape[0])
     mask = None if mask is None else mask.contiguous().view(torch.uint8)
-    key = (q.dtype, head_dim, _launch.power_of_2(longest), _triton.architecture(q.device), causal)
+    key = (q.dtype, head_dim, _launch.power_of_2(longest), arch, causal)
     return _Call((*tensors, *integers), (mask, cu_seqlens), (q_norm, k_norm), (*lse_strides, longest),
                  (scale, norm_eps), constants, sequences, longest, key)  # fmt: skip
 
@@ -595,7 +596,7 @@ def fwd(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
             *strides, *call.sizes, heads, heads // k.shape[-2], *call.scalars, **call.constants, **constants,
         )  # fmt: skip
 
-    choices = _launch.attention("fwd", q.dtype, head_dim)
+    choices = _launch.attention("fwd", q.dtype, head_dim, _triton.architecture(q.device))
     run(_triton.tuned(("attention_fwd", *call.key), choices, run))
     return out, lse
 
@@ -661,8 +662,9 @@ def _gradients(
             **dkdv_constants,
         )  # fmt: skip
 
-    run_dq(_triton.tuned(("attention_dq", *call.key), _launch.attention("dq", q.dtype, head_dim), run_dq))
-    run_dkdv(_triton.tuned(("attention_dkdv", *call.key), _launch.attention("dkdv", q.dtype, head_dim), run_dkdv))
+    for name, run in (("dq", run_dq), ("dkdv", run_dkdv)):
+        choices = _launch.attention(name, q.dtype, head_dim, _triton.architecture(q.device))
+        run(_triton.tuned((f"attention_{name}", *call.key), choices, run))
     found: list[Tensor] = []
     if needs_table:
         from eva02_kernels.ops.apply_rope import triton_kernels as apply_rope
