@@ -40,6 +40,8 @@ def command(config: Config, out: Path) -> list[str]:
             arguments += [f"--{name}", *values]
     for name in ("dtype", "threads", "rounds", "min_sample_ms", "seed"):
         arguments += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
+    if config.device != "cpu":  # older commits know no other and have no such option
+        arguments += ["--device", config.device]
     return arguments
 
 

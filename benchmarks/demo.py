@@ -27,7 +27,7 @@ from benchmarks.models import ModelCase
 from benchmarks.suites import run_case
 from eva02_kernels import add_layer_norm, masked_cosine_loss, reset_stats, stats, strict
 from eva02_kernels.bench import report
-from eva02_kernels.bench.machine import Roofline, warm_up_process
+from eva02_kernels.bench.machine import CpuRoofline, warm_up_process
 from eva02_kernels.bench.measure import fresh_compiler
 from eva02_kernels.bench.rows import Config
 from eva02_kernels.bench.shapes import SHAPES, Shape
@@ -263,7 +263,7 @@ def measure(settings: Settings, *, quick: bool, threads: int) -> dict[str, Any]:
     if not quick:
         planned.append(("model", lambda: ModelCase(SHAPES["tiny"]), 8))
     warm_up_process()
-    roofline, rows, config = Roofline(), [], None
+    roofline, rows, config = CpuRoofline(), [], None
     with contextlib.nullcontext() if quick else fresh_compiler():
         for suite, make, rounds in planned:
             config = Config(suite, ("tiny",), providers=arms, threads=threads, rounds=rounds)

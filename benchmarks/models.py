@@ -41,17 +41,26 @@ class ModelCase:
     """One classification model in the three forms that the arms share: timm's, ours, timm's patched."""
 
     def __init__(
-        self, shape: Shape, dtype: torch.dtype = torch.float32, *, model_name: str | None = None, **options: Any
+        self,
+        shape: Shape,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        *,
+        model_name: str | None = None,
+        **options: Any,
     ) -> None:
-        """``model_name``: the model that ``options`` change (timm's and ours take the same); default: the shape's."""
-        self.shape, self.dtype = shape, dtype
+        """``model_name``: the model that ``options`` change (timm's and ours take the same); default: the shape's.
+
+        Weights and inputs are drawn on the CPU, so that they are the same on any device.
+        """
+        self.shape, self.dtype, self.device = shape, dtype, device
         self.name = shape.name if model_name else shape.model_name
         self.model_name = model_name or shape.model_name
         self.options: dict[str, Any] = {"num_classes": NUM_CLASSES, "in_chans": 3, **options}
         generator = torch.Generator().manual_seed(0)
         size = (shape.batch, self.options["in_chans"], shape.image, shape.image)
-        self.inputs = torch.randn(size, generator=generator).to(dtype)
-        self.labels = torch.randint(self.options["num_classes"], (shape.batch,), generator=generator)
+        self.inputs = torch.randn(size, generator=generator).to(dtype).to(device)
+        self.labels = torch.randint(self.options["num_classes"], (shape.batch,), generator=generator).to(device)
 
     @cached_property
     def timm(self) -> nn.Module:
@@ -59,13 +68,13 @@ class ModelCase:
 
         model = timm.create_model(self.model_name, **self.options)
         randomise(model)
-        return model.to(self.dtype)
+        return model.to(self.device, self.dtype)
 
     @cached_property
     def ours(self) -> nn.Module:
         model = eva02.create_model(self.model_name, **self.options)
         model.load_state_dict(self.timm.state_dict())
-        return model.to(self.dtype)
+        return model.to(self.device, self.dtype)
 
     @cached_property
     def patched(self) -> nn.Module:
@@ -92,13 +101,16 @@ class ModelCase:
 class BlockCase(ModelCase):
     """One transformer block on a (B, S, C) input; ``packed`` as in Ti and S, else sub-LN as in B and L."""
 
-    def __init__(self, shape: Shape, dtype: torch.dtype = torch.float32, *, subln: bool | None = None) -> None:
-        self.shape, self.dtype = shape, dtype
+    def __init__(
+        self, shape: Shape, dtype: torch.dtype = torch.float32, device: str = "cpu", *, subln: bool | None = None
+    ) -> None:
+        self.shape, self.dtype, self.device = shape, dtype, device
         self.subln = shape.subln if subln is None else subln
         self.name = "block, sub-LN" if self.subln else "block, packed"
         generator = torch.Generator().manual_seed(0)
-        self.inputs = torch.randn(shape.batch, shape.tokens, shape.dim, generator=generator).to(dtype).requires_grad_()
-        self.table = rope_2d(shape.grid, shape.head_dim)
+        inputs = torch.randn(shape.batch, shape.tokens, shape.dim, generator=generator)
+        self.inputs = inputs.to(dtype).to(device).requires_grad_()
+        self.table = rope_2d(shape.grid, shape.head_dim).to(device)
 
     @property
     def _options(self) -> dict[str, Any]:
@@ -118,7 +130,7 @@ class BlockCase(ModelCase):
 
         block = TimmEvaBlock(**self._options)
         randomise(block)
-        return block.to(self.dtype)
+        return block.to(self.device, self.dtype)
 
     @cached_property
     def timm_rope(self) -> Tensor:
@@ -127,13 +139,13 @@ class BlockCase(ModelCase):
         rope = RotaryEmbeddingCat(
             self.shape.head_dim, in_pixels=False, feat_shape=list(self.shape.grid), ref_feat_shape=[16, 16]
         )
-        return rope.get_embed()
+        return rope.get_embed().to(self.device)
 
     @cached_property
     def ours(self) -> nn.Module:
         block = EvaBlock(**self._options)
         block.load_state_dict(self.timm.state_dict())
-        return block.to(self.dtype)
+        return block.to(self.device, self.dtype)
 
     @cached_property
     def recomputing(self) -> nn.Module:
@@ -153,19 +165,20 @@ class BlockCase(ModelCase):
 
     @cached_property
     def output_grad(self) -> Tensor:
-        return torch.randn(self.inputs.shape, generator=torch.Generator().manual_seed(1)).to(self.dtype)
+        values = torch.randn(self.inputs.shape, generator=torch.Generator().manual_seed(1))
+        return values.to(self.dtype).to(self.device)
 
     def flops(self) -> int:
         return self.shape.block_flops()
 
 
-def cases(shape: Shape, dtype: torch.dtype) -> Iterator[ModelCase]:
+def cases(shape: Shape, dtype: torch.dtype, device: str) -> Iterator[ModelCase]:
     """The model; for the shape ``host`` one block of either kind instead, whose time is host time."""
     if shape.name == "host":
-        yield BlockCase(shape, dtype, subln=False)
-        yield BlockCase(shape, dtype, subln=True)
+        yield BlockCase(shape, dtype, device, subln=False)
+        yield BlockCase(shape, dtype, device, subln=True)
     else:
-        yield ModelCase(shape, dtype)
+        yield ModelCase(shape, dtype, device)
 
 
 # ---- arms -----------------------------------------------------------------------------------------------------------

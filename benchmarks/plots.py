@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from eva02_kernels.bench.providers import AGAIN
-from eva02_kernels.bench.report import read_json
+from eva02_kernels.bench.report import describe_gpu, read_json
 from eva02_kernels.bench.rows import OK
 
 Row = dict[str, Any]
@@ -88,8 +88,9 @@ def _by_case(rows: Sequence[Row]) -> list[list[Row]]:
 def _caption(docs: Sequence[dict[str, Any]]) -> str:
     env = docs[0]["environment"]
     threads = f"{env['threads']} thread{'s' if env['threads'] > 1 else ''}"
+    machine = describe_gpu(env["gpu"]) if env.get("gpu") else f"{env['cpu']}, {threads}"
     return (
-        f"{env['cpu']}, {threads}, {docs[0]['config']['dtype']}, torch {env['versions']['torch']}, "
+        f"{machine}, {docs[0]['config']['dtype']}, torch {env['versions']['torch']}, "
         f"timm {env['versions'].get('timm', 'not installed')}; bars: median of the ratios within a round, "
         "lines p20-p80; red band: the baseline measured a second time"
     )

@@ -25,11 +25,12 @@ Suites:
   ops     each operator against timm's expression of it (with SDPA), compiled and not, and against installed peers
   model   forward of EVA-02 at 224 pixels: batch 8 (tiny, small), 4 (base), 2 (large)
   train   forward, backward and AdamW step of the same models
-  memory  bytes kept for backward by block, model and operator: exact, the same on every machine
+  memory  bytes kept for backward by block, model and operator: exact, the same on every machine with such a device
 
 Examples:
   python -m benchmarks.run --suite model --models tiny small base --json out.json --plot out.png
   python -m benchmarks.run --suite ops --ops rope_attention subln_swiglu --models base --modes fwd+bwd
+  python -m benchmarks.run --suite train --device cuda --dtype bfloat16 --json train-gpu.json
   python -m benchmarks.run --verify benchmarks/results/model.json --fail-if-regression
 """
 

@@ -15,7 +15,7 @@ from eva02_kernels import reset_stats, stats, strict
 from eva02_kernels._registry import OP_NAMES
 from eva02_kernels.bench.cases import Problem, make_problem
 from eva02_kernels.bench.machine import Roofline, environment
-from eva02_kernels.bench.measure import first_call, in_units, saved_for_backward
+from eva02_kernels.bench.measure import first_call, in_units, saved_for_backward, synchroniser
 from eva02_kernels.bench.ops import run_ops
 from eva02_kernels.bench.providers import AGAIN, Provider, Unsupported, build, provider, providers
 from eva02_kernels.bench.rows import GATE_FAILED, OK, RAISED, UNSUPPORTED, Arm, Config, compare, empty_row, measure_rows
@@ -96,7 +96,7 @@ def _prepare(p: Provider, case: ModelCase, train: bool, optimisers: _Optimisers,
         built = build(p, case)
         built.module.train(train)
         arm.call = _call(case, built, train, optimisers)
-        arm.first_call_s = round(first_call(arm.call), 4)
+        arm.first_call_s = round(first_call(arm.call, synchroniser(case.device)), 4)
         if p.ours:
             arm.notes["backends"] = sorted({f"{op} {direction}: {name}" for op, direction, name in stats()})
         terms = case.shape.batch * case.shape.tokens if train else 1
@@ -148,7 +148,7 @@ def run_case(
 def run_models(config: Config, roofline: Roofline | None = None, progress: Progress = lambda text: None) -> Rows:
     """Images per second of the forward (suite `model`) or of a training step (suite `train`)."""
     for model in config.models:
-        for case in cases(shape_named(model), config.torch_dtype()):
+        for case in cases(shape_named(model), config.torch_dtype(), config.device):
             yield run_case(case, config, roofline, progress)
 
 
@@ -175,7 +175,7 @@ def _recompute(problem: Problem) -> Callable[..., Any]:
 
 def _saved_rows(config: Config, common: dict[str, Any], arms: list[Arm]) -> list[dict[str, Any]]:
     shape = shape_named(common["model"])
-    env = environment()
+    env = environment(config.device)
     baseline = None
     rows = []
     for arm in arms:
@@ -208,15 +208,15 @@ def _memory_arms(suite: str, op: str | None, config: Config, saved_of: Callable[
 
 
 def run_memory(config: Config, roofline: Roofline | None = None, progress: Progress = lambda text: None) -> Rows:
-    """Bytes kept for backward: by block, by model, by operator; exact, the same on every machine.
+    """Bytes kept for backward: by block, by model, by operator; exact, the same on every machine with such a device.
 
     In units of T = B*N*C and G = B*N*F elements.
     """
     for model in config.models:
         shape = shape_named(model)
-        built: list[ModelCase] = [BlockCase(shape, config.torch_dtype())]
+        built: list[ModelCase] = [BlockCase(shape, config.torch_dtype(), config.device)]
         if shape.name != "host" and not config.ops:
-            built.append(ModelCase(shape, config.torch_dtype()))
+            built.append(ModelCase(shape, config.torch_dtype(), config.device))
         for case in [] if config.ops else built:
             progress(f"{case.name} {shape.name}")
 
@@ -232,7 +232,7 @@ def run_memory(config: Config, roofline: Roofline | None = None, progress: Progr
                 )
         for op in config.ops or OP_NAMES:
             try:
-                problem = make_problem(op, shape, config.torch_dtype())
+                problem = make_problem(op, shape, config.torch_dtype(), config.device)
             except Unsupported:
                 continue
             progress(f"{op} {shape.name}")

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import benchmarks.ops  # noqa: F401 - registers the peers
-from benchmarks import demo, plots, run
+from benchmarks import base, demo, plots, run
 from benchmarks.models import BlockCase, ModelCase
 from benchmarks.suites import run_case, run_memory
 from eva02_kernels import _native
@@ -22,7 +28,7 @@ from eva02_kernels._registry import OP_NAMES
 from eva02_kernels.bench import cli, machine, measure, ops, providers, report
 from eva02_kernels.bench.__main__ import main as bench_main
 from eva02_kernels.bench.cases import make_problem
-from eva02_kernels.bench.rows import GATE_FAILED, OK, RAISED, UNSUPPORTED, Config
+from eva02_kernels.bench.rows import GATE_FAILED, OK, RAISED, UNSUPPORTED, Arm, Config, measure_rows
 from eva02_kernels.bench.shapes import SHAPES, Shape, shape_named
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,6 +100,8 @@ def test_an_ops_run_writes_its_files(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert env["time"]
         assert env["versions"]["torch"] == torch.__version__
         assert {"isa", "flags", "commit", "torch_isa"} <= env.keys()
+        assert env["device"] == "cpu"
+        assert env["gpu"] is row["host_ms"] is row["gemm_share"] is None
         if row["provider"] == "liger":
             assert row["status"] == UNSUPPORTED
             assert row["reason"]
@@ -354,7 +362,7 @@ def test_memory_suite_equals_a_hand_count() -> None:
 @needs_library
 def test_roofline_of_this_machine() -> None:
     torch.set_num_threads(1)
-    roofline = machine.Roofline(copy_bytes=8 << 20, iterations=200_000)
+    roofline = machine.CpuRoofline(copy_bytes=8 << 20, iterations=200_000)
     roofline.sample()
     peaks = roofline.peaks()
     assert peaks["fma_gflops"] > 1
@@ -437,6 +445,217 @@ def test_shape_names() -> None:
     for wrong in ("eva02_tiny_patch16_224", "huge", "eva02_"):
         with pytest.raises(ValueError, match="no benchmark shape"):
             shape_named(wrong)
+
+
+# ---- a GPU, as far as can be told without one ------------------------------------------------------------------------
+GPU = {"name": "a GPU", "capability": "9.0", "driver": None, "cuda": "13.0", "tf32": {"matmul": False, "cudnn": True}}
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Everything that waits for a GPU writes "wait" here; its memory and its description are made up."""
+    log: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: log.append("reset"))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 100)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 142)
+    monkeypatch.setattr(machine, "gpu", lambda: GPU)
+    return log
+
+
+@contextlib.contextmanager
+def pretended_gpu() -> Iterator[None]:
+    """Tensors without values, on "cuda" or not: mixing the two raises, as it does on a GPU."""
+
+    def nonzero(mask: torch.Tensor, as_tuple: bool = False) -> object:
+        index = torch.zeros(5, mask.ndim, dtype=torch.int64)
+        return index.unbind(1) if as_tuple else index
+
+    def to(module: nn.Module, device: str, dtype: torch.dtype) -> nn.Module:
+        for part in module.modules():
+            for name, p in part._parameters.items():
+                part._parameters[name] = None if p is None else nn.Parameter(p.detach().to(device, dtype))
+            for name, b in part._buffers.items():
+                part._buffers[name] = None if b is None else b.to(device, dtype if b.is_floating_point() else None)
+        return module
+
+    # What needs values, and what fake parameters do not take.
+    with (
+        mock.patch.object(torch.Tensor, "nonzero", nonzero),
+        mock.patch.object(torch.Tensor, "item", return_value=0.0),
+        mock.patch.object(nn.init, "trunc_normal_", lambda t, *args, **kwargs: t),
+        mock.patch.object(nn.Module, "to", to),
+        FakeTensorMode(),
+    ):
+        yield
+
+
+@pytest.mark.parametrize("op", OP_NAMES)
+def test_all_of_a_problem_is_on_its_device(op: str) -> None:
+    packed = Shape("packed", 2, 32, 2, 84, 1, subln=False, image=42)
+    for shape in (SHAPES["host"], packed):
+        with pretended_gpu():
+            try:
+                problem = make_problem(op, shape, torch.bfloat16, "cuda")
+            except providers.Unsupported:
+                continue
+            assert problem.device == "cuda"
+            grads = ops.output_gradients(problem)
+            expected = ops.expectation(problem, "fwd", grads)
+            found = ops.results(problem, problem.ours, problem.tensors, grads, ours=True, backward=False)
+            tensors = [*problem.tensors.values(), *problem.from_public(*grads), *expected.reference.values(),
+                       *expected.plain.values(), *found.values()]  # fmt: skip
+            assert {t.device.type for t in tensors} == {"cuda"}
+
+
+@pytest.mark.parametrize("kind", ["packed", "sub-LN", "model"])
+def test_all_of_a_model_case_is_on_its_device(kind: str) -> None:
+    pytest.importorskip("timm")
+    with pretended_gpu():
+        if kind == "model":
+            shape = Shape("small_model", 2, 32, 2, 85, 1, subln=True, image=28)
+            options = {"img_size": 28, "embed_dim": 32, "num_heads": 2, "depth": 1}
+            case = ModelCase(shape, torch.bfloat16, "cuda", model_name="eva02_base_patch14_224", **options)
+        else:
+            case = BlockCase(SHAPES["host"], torch.bfloat16, "cuda", subln=kind == "sub-LN")
+        for module in (case.timm, case.ours):
+            assert {t.device.type for t in module.state_dict().values()} == {"cuda"}
+            loss = case.loss(case.forward_of(module, ours=module is case.ours)(case.inputs))
+            assert loss.device.type == "cuda"
+
+
+def test_a_gpu_that_is_not_there_is_named(no_gpu: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for main, suite in ((run.main, ["--suite", "ops"]), (bench_main, [])):
+        with pytest.raises(SystemExit) as stop:
+            main([*suite, "--device", "cuda"])
+        assert stop.value.code == 2
+        assert "--device cuda: torch.cuda.is_available() is False" in capsys.readouterr().err
+    path = tmp_path / "gpu.json"
+    config = Config("ops", ("host",), device="cuda").record()
+    report.write_json(path, {"schema": report.SCHEMA, "config": config, "roofline": None, "rows": []})
+    for main in (run.main, bench_main):
+        with pytest.raises(SystemExit, match=r"gpu\.json: --device cuda: .* is False"):
+            main(["--verify", str(path)])
+
+
+def test_a_file_from_before_there_was_a_device_loads() -> None:
+    record = Config("ops", ("host",)).record()
+    assert record.pop("device") == "cpu"
+    assert Config.from_record(record).device == "cpu"
+    config = Config("ops", ("host",), device="cuda")
+    assert Config.from_record(json.loads(json.dumps(config.record()))) == config
+    assert base.command(config, Path("out"))[-2:] == ["--device", "cuda"]
+    assert "--device" not in base.command(Config("ops", ("host",)), Path("out"))
+
+
+def test_a_sample_waits_before_and_after_but_not_inside() -> None:
+    log: list[str] = []
+
+    def wait() -> None:
+        log.append("wait")
+
+    def call() -> None:
+        log.append("call")
+        if len(log) == 2:
+            time.sleep(2e-3)  # the first: a sample has many calls
+
+    measure.first_call(call, wait)
+    assert log == ["wait", "call", "wait"]
+    log.clear()
+    measure.interleave({"a": call}, 2, min_sample_s=0.2, warmup=1, synchronise=wait)
+    assert log[:3] == ["wait", "call", "wait"]
+    calls = (len(log) - 3 - 4) // 2
+    assert calls >= 2
+    assert log[3:] == ["wait", *["call"] * calls, "wait"] * 2
+    log.clear()
+    assert len(measure.host_times(call, 2, wait)) == 2
+    assert log == ["wait", "call", "wait", "call", "wait"]
+
+
+def test_host_time_leaves_out_the_device() -> None:
+    (seconds,) = measure.host_times(lambda: None, 1, lambda: time.sleep(0.05))
+    assert seconds < 0.04
+    assert measure.first_call(lambda: None, lambda: time.sleep(0.02)) >= 0.02
+    assert measure.synchroniser("cpu") is measure.nothing_queued
+
+
+def test_gpu_memory_is_the_growth_of_the_allocator(waits: list[str]) -> None:
+    assert measure.peak_memory(lambda: waits.append("call"), "cuda") == 42
+    assert waits == ["wait", "reset", "call", "wait"]
+
+
+def test_rows_of_a_gpu(waits: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    roofline = machine.GpuRoofline(torch.float32, device="cpu", size=64, copy_bytes=1 << 20)
+    roofline.sample()
+    config = Config("ops", ("host",), device="cuda", **TINY)
+    eager, again, *_ = providers.providers("ops", "swiglu")
+    arms = [Arm(p, call=lambda: waits.append("call")) for p in (eager, again)]
+    common = {"suite": "ops", "case": "swiglu", "model": "host", "mode": "fwd", "dtype": "bfloat16"}
+    rows = measure_rows(common, arms, config, flops=10**6, bytes_moved=10**3, roofline=roofline)
+    for row in rows:
+        assert row["environment"]["device"] == "cuda"
+        assert row["environment"]["gpu"] == GPU
+        assert row["peak_memory_bytes"] == 42
+        assert 0 < row["host_ms"]["p20"] <= row["host_ms"]["median"]
+        assert row["gemm_share"] > 0
+        assert row["fma_share"] is None
+        assert row["roofline_bound"] == "gemm"
+    assert "wait" in waits
+
+    doc = json.loads(json.dumps(report.document(config, rows, roofline)))
+    assert doc["config"]["device"] == "cuda"
+    assert doc["roofline"]["gemm_gflops"] > 0
+    assert doc["roofline"]["copy_gbps"] > 0
+    assert "fma_gflops" not in doc["roofline"]
+    report.print_rows(rows)
+    report.print_environment(doc["environment"], doc["roofline"])
+    printed = capsys.readouterr().out
+    assert "host ms" in printed
+    assert "a GPU, capability 9.0, driver unknown, CUDA 13.0, TF32: matmul off, cudnn on" in printed
+    assert "GFLOP/s torch.matmul 64 x 64 x 64 float32" in printed
+    assert plots._caption([doc]).startswith("a GPU, capability 9.0, driver unknown, CUDA 13.0, float32")
+
+
+def test_a_gpu_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = SimpleNamespace(name="a GPU", major=8, minor=6, multi_processor_count=80, total_memory=1 << 34)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: found)
+    env = machine.environment("cuda")
+    assert env["gpu"]["capability"] == "8.6"
+    assert env["gpu"]["memory_bytes"] == 1 << 34
+    assert {"driver", "cuda", "cudnn", "multiprocessors", "l2_bytes", "tf32"} < env["gpu"].keys()
+    json.dumps(env)
+
+
+def test_gpu_roofline_waits_around_its_samples(waits: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    monkeypatch.setattr(machine, "synchroniser", lambda device: made.append(device) or torch.cuda.synchronize)
+    roofline = machine.GpuRoofline(torch.bfloat16, device="cpu", size=16, copy_bytes=1 << 10, repeats=2)
+    roofline.sample()
+    assert made == ["cpu"]
+    assert waits == ["wait"] * 4, "before and after the copies, before and after the products"
+    share, bound = machine.share_of_roofline(1.0, 2e9, 1e9, {"gemm_gflops": 4.0, "copy_gbps": 10.0})
+    assert share == 0.5
+    assert bound == "gemm"
+    assert machine.share_of_roofline(1.0, 2e9, 1e9, {}) == (None, None)
+
+
+@needs_library
+def test_contract_checks_run_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(ops.contract, "refusal", lambda *args, device: [])
+    monkeypatch.setattr(ops.contract, "check_accuracy", lambda *args, device: seen.append(device))
+    ops.contract_failure.cache_clear()
+    try:
+        assert ops.contract_failure("swiglu", torch.bfloat16, "triton", "cuda") is None
+    finally:
+        ops.contract_failure.cache_clear()
+    assert set(seen) == {"cuda"}
 
 
 # ---- demo ------------------------------------------------------------------------------------------------------------

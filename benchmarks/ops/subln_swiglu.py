@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 
+from benchmarks.ops.swiglu import own
 from eva02_kernels.bench.cases import EPS, Problem
 from eva02_kernels.bench.ops import Function
 from eva02_kernels.bench.providers import Unsupported, provider
@@ -17,5 +18,5 @@ def liger(problem: Problem) -> Function:
         raise Unsupported("its Triton kernels need a GPU")
     width = (problem.shape.hidden,)
     return lambda gate, up, norm_w, norm_b: F.layer_norm(
-        LigerSiLUMulFunction.apply(gate, up), width, norm_w, norm_b, EPS
+        LigerSiLUMulFunction.apply(*own(gate, up)), width, norm_w, norm_b, EPS
     )

@@ -69,17 +69,20 @@ class Problem:
 
 
 class _Draw:
-    """Random inputs of one problem, rounded to its dtype."""
+    """Random inputs of one problem, rounded to its dtype; drawn on the CPU, so that they are the same on any device."""
 
-    def __init__(self, shape: Shape, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+    def __init__(self, shape: Shape, dtype: torch.dtype, device: str) -> None:
+        self.dtype, self.device = dtype, device
         self.generator = torch.Generator().manual_seed(0)
         self.tensors: dict[str, Tensor] = {}
         self.parameters: set[str] = set()
 
     def add(self, name: str, value: Tensor, *, parameter: bool = False, grad: bool = True) -> Tensor:
         if value.is_floating_point():
-            value = value.to(self.dtype).requires_grad_(grad)
+            value = value.to(self.dtype)
+        value = value.to(self.device)
+        if value.is_floating_point():
+            value.requires_grad_(grad)
         self.tensors[name] = value
         if parameter:
             self.parameters.add(name)
@@ -113,7 +116,7 @@ def rotate_patches(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
     return torch.cat([x[:, :, :1], (patches * cos + rotate_pairs(patches) * sin).to(x.dtype)], dim=2)
 
 
-def _tables(shape: Shape) -> tuple[ek.RopeTable, Tensor, Tensor]:
+def _tables(shape: Shape, device: str) -> tuple[ek.RopeTable, Tensor, Tensor]:
     """The axial table, and the same angles as dense (P, D) sine and cosine, each given twice."""
     table = ek.rope_2d(shape.grid, shape.head_dim)
     h, w = shape.grid
@@ -121,7 +124,7 @@ def _tables(shape: Shape) -> tuple[ek.RopeTable, Tensor, Tensor]:
     for values in (table.sin, table.cos):
         rows, columns = values[:h].repeat_interleave(w, 0), values[h:].repeat(h, 1)
         dense.append(torch.cat([rows, columns], -1).repeat_interleave(2, -1))
-    return table, dense[0], dense[1]
+    return table.to(device), dense[0].to(device), dense[1].to(device)
 
 
 # ---- one function per operator: (shape, draw) -> (ours, expression, what else a Problem takes) -----------------------
@@ -137,7 +140,7 @@ def _case(make: Callable[[Shape, _Draw], dict[str, Any]]) -> Callable[[Shape, _D
 def rope_attention(s: Shape, draw: _Draw) -> dict[str, Any]:
     for name in "qkv":
         draw.activation(name, s.batch, s.tokens, s.heads, s.head_dim)
-    table, sin, cos = _tables(s)
+    table, sin, cos = _tables(s, draw.device)
 
     def expression(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -155,7 +158,7 @@ def rope_attention(s: Shape, draw: _Draw) -> dict[str, Any]:
 @_case
 def rope_attention_packed(s: Shape, draw: _Draw) -> dict[str, Any]:
     draw.activation("qkv", s.batch, s.tokens, 3 * s.heads, s.head_dim)
-    table, sin, cos = _tables(s)
+    table, sin, cos = _tables(s, draw.device)
 
     def expression(qkv: Tensor) -> Tensor:
         q, k, v = qkv.reshape(s.batch, s.tokens, 3, s.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
@@ -173,7 +176,7 @@ def rope_attention_packed(s: Shape, draw: _Draw) -> dict[str, Any]:
 @_case
 def apply_rope(s: Shape, draw: _Draw) -> dict[str, Any]:
     draw.activation("x", s.batch, s.tokens, s.heads, s.head_dim)
-    table, sin, cos = _tables(s)
+    table, sin, cos = _tables(s, draw.device)
     return {
         "ours": lambda x: ek.apply_rope(x, table),
         "expression": lambda x: rotate_patches(x.transpose(1, 2), sin, cos).transpose(1, 2),
@@ -187,8 +190,8 @@ def qkv_rope(s: Shape, draw: _Draw) -> dict[str, Any]:
     draw.activation("x", s.batch, s.tokens, s.dim)
     draw.norm("norm", s.dim)
     draw.bias("bq", s.dim), draw.bias("bv", s.dim)
-    table, sin, cos = _tables(s)
-    k_bias = torch.zeros(s.dim, dtype=draw.dtype)
+    table, sin, cos = _tables(s, draw.device)
+    k_bias = torch.zeros(s.dim, dtype=draw.dtype, device=draw.device)
 
     def heads(y: Tensor) -> Tensor:
         return y.reshape(s.batch, s.tokens, s.heads, -1).transpose(1, 2)
@@ -353,7 +356,8 @@ def add_layer_norm(s: Shape, draw: _Draw) -> dict[str, Any]:
     draw.activation("residual", s.batch, s.tokens, s.dim)
     draw.norm("norm", s.dim)
     draw.gain("scale", s.dim)
-    factors = torch.tensor([1.25, 1.25, 0.0, 1.25] * s.batch)[: s.batch]  # float32: drop path is never rounded
+    # float32: drop path is never rounded.
+    factors = torch.tensor([1.25, 1.25, 0.0, 1.25] * s.batch, device=draw.device)[: s.batch]
 
     def expression(x: Tensor, residual: Tensor, norm_w: Tensor, norm_b: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
         total = residual + x * scale * factors.to(x.dtype).view(-1, 1, 1)
@@ -393,7 +397,7 @@ def gather_tokens(s: Shape, draw: _Draw) -> dict[str, Any]:
 def scatter_tokens(s: Shape, draw: _Draw) -> dict[str, Any]:
     idx = draw.add("idx", _kept_tokens(s, draw))
     draw.activation("y", s.batch, idx.shape[1], s.dim)
-    like = torch.empty(s.batch, s.tokens, s.dim, dtype=draw.dtype)
+    like = torch.empty(s.batch, s.tokens, s.dim, dtype=draw.dtype, device=draw.device)
     return {
         "ours": lambda idx, y: ek.scatter_tokens(y, idx, like),
         "expression": lambda idx, y: y.new_zeros(like.shape).scatter_add(1, idx.unsqueeze(-1).expand(-1, -1, s.dim), y),
@@ -464,9 +468,9 @@ def masked_cosine_loss(s: Shape, draw: _Draw) -> dict[str, Any]:
     }
 
 
-def make_problem(op: str, shape: Shape, dtype: torch.dtype = torch.float32) -> Problem:
+def make_problem(op: str, shape: Shape, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Problem:
     """Inputs, arms' functions, and the operator's declared work at this shape. Raises Unsupported where it has none."""
-    draw = _Draw(shape, dtype)
+    draw = _Draw(shape, dtype, device)
     parts = _makers[op](shape, draw)
     spec = get_spec(op)
     args, kwargs = parts.pop("canonical")(draw.tensors)

@@ -12,7 +12,7 @@ import torch
 
 from eva02_kernels._registry import OP_NAMES
 from eva02_kernels.bench import report
-from eva02_kernels.bench.machine import Roofline, warm_up_process
+from eva02_kernels.bench.machine import DEVICES, Roofline, check_device, roofline_of, warm_up_process
 from eva02_kernels.bench.measure import fresh_compiler
 from eva02_kernels.bench.ops import MODES
 from eva02_kernels.bench.providers import provider_names, providers
@@ -29,6 +29,12 @@ medians of the ratios within a round. The baseline runs twice (arm ".../again"):
 result and is marked with ~. First call includes compilation with an empty compiler cache. Peak memory is the growth of
 the process; saved bytes are the distinct storages kept for backward, parameters excluded. Roofline: multiply-add rate
 and copy bandwidth, sampled between the rounds; the best sample is the ceiling.
+With --device cuda: the same random inputs, moved to the GPU. A sample begins and ends with the GPU idle and waits
+nowhere between, so that its calls queue up: ms is the longer of the GPU's time and the host's. host ms is the time
+until one call returns, from an idle GPU: what launching costs. Peak memory is the growth of PyTorch's allocations on
+the GPU. Roofline: rate of a large torch.matmul in the run's dtype (by torch's TF32 switch) and copy bandwidth on the
+GPU, neither of them the hardware's peak. Tensors that stay in the GPU's cache move faster than that copy: shares above
+100 % are possible.
 """
 
 
@@ -70,6 +76,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["float32", "bfloat16", "float16"],
         help="of activations and weights (default: %(default)s)",
     )
+    parser.add_argument(
+        "--device", default="cpu", choices=DEVICES, help="where everything is and runs (default: %(default)s)"
+    )
     parser.add_argument("--threads", type=int, default=2, help="torch.set_num_threads (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=20, help="samples of each arm (default: %(default)s)")
     parser.add_argument(
@@ -102,7 +111,9 @@ def make_config(args: argparse.Namespace, suite: str, default_models: Sequence[s
         rounds=args.rounds,
         min_sample_ms=args.min_sample_ms,
         seed=args.seed,
+        device=args.device,
     )
+    check_device(config.device)
     for what, given, known in (
         ("arm", config.providers, provider_names(suite)),
         ("operator", config.ops, OP_NAMES),
@@ -123,16 +134,17 @@ def progress_line(text: str) -> None:
 def execute(config: Config, runner: Runner, *, roofline: bool = True) -> dict[str, Any]:
     """Run a suite, printing each case as it is done; returns the file's content."""
     torch.set_num_threads(config.threads)
-    warm_up_process()
-    ceiling = Roofline() if roofline else None
+    warm_up_process(config.device)
+    ceiling = roofline_of(config.device, config.torch_dtype()) if roofline else None
     if ceiling is not None:
         ceiling.sample()
         ceiling.samples = {name: [] for name in ceiling.samples}  # the first touches fresh pages
         for _ in range(3):
             ceiling.sample()
     rows: list[dict[str, Any]] = []
-    compiles = any(p.compiled for p in providers(config.suite, names=list(config.providers)))
-    with fresh_compiler() if compiles else contextlib.nullcontext():
+    # On a GPU our own operators are compiled at their first call too.
+    compiles = config.device != "cpu" or any(p.compiled for p in providers(config.suite, names=list(config.providers)))
+    with fresh_compiler(config.device) if compiles else contextlib.nullcontext():
         for case in runner(config, ceiling, progress_line):
             report.print_rows(case)
             rows += case
@@ -145,12 +157,17 @@ def verify(path: Path, runner_of: Callable[[str], Runner]) -> tuple[dict[str, An
     """Run a file's configuration again; returns (the file, this run)."""
     recorded = report.read_json(path)
     config = Config.from_record(recorded["config"])
+    try:
+        check_device(config.device)
+    except ValueError as error:
+        raise SystemExit(f"{path}: {error}") from error
     now = execute(config, runner_of(config.suite), roofline=recorded["roofline"] is not None)
     old_env, new_env = recorded["environment"], now["environment"]
     report.print_comparison(recorded["rows"], now["rows"])
-    for name in ("cpu", "isa", "torch_isa", "threads", "versions", "commit"):
-        if old_env[name] != new_env[name]:
-            print(f"{name}: recorded {old_env[name]}, now {new_env[name]}")
+    for name in ("cpu", "gpu", "isa", "torch_isa", "threads", "versions", "commit"):
+        old, new = old_env.get(name), new_env[name]  # files from before there was a device have no "gpu"
+        if old != new:
+            print(f"{name}: recorded {old}, now {new}")
     return recorded, now
 
 

@@ -20,9 +20,19 @@ from torch import Tensor
 from eva02_kernels.ops._common import padded
 
 Call = Callable[[], Any]
+Synchronise = Callable[[], None]
 
 MIN_SAMPLE_S = 0.01
 """A sample repeats its call until it lasts this long; the clock's and the loop's own cost vanish in it."""
+
+
+def nothing_queued() -> None:
+    """Synchronises the CPU: a call is done when it returns."""
+
+
+def synchroniser(device: str) -> Synchronise:
+    """What waits until ``device`` has done all that was queued."""
+    return torch.cuda.synchronize if device == "cuda" else nothing_queued
 
 
 class Spread(NamedTuple):
@@ -52,8 +62,8 @@ def paired_ratio(baseline: Sequence[float], arm: Sequence[float]) -> Spread:
 
 
 @contextlib.contextmanager
-def fresh_compiler() -> Iterator[None]:
-    """An empty Inductor cache inside, so that a first call compiles as a user's first call does.
+def fresh_compiler(device: str = "cpu") -> Iterator[None]:
+    """Empty caches of Inductor and Triton inside, so that a first call compiles as a user's first call does.
 
     What a machine pays once and for all (the compiler's check, precompiled headers) is paid here, by no arm.
     """
@@ -61,15 +71,17 @@ def fresh_compiler() -> Iterator[None]:
 
     with fresh_cache():
         with contextlib.suppress(Exception):  # no C++ compiler: each compiled arm says so itself
-            torch.compile(lambda x: x.sin() + 1)(torch.ones(64))
+            torch.compile(lambda x: x.sin() + 1)(torch.ones(64, device=device))
         torch._dynamo.reset()
         yield
 
 
-def first_call(call: Call) -> float:
-    """Seconds of the first call, compilation included."""
+def first_call(call: Call, synchronise: Synchronise = nothing_queued) -> float:
+    """Seconds of the first call, compilation and what it queued included."""
+    synchronise()
     start = time.perf_counter()
     call()
+    synchronise()
     return time.perf_counter() - start
 
 
@@ -94,15 +106,17 @@ def interleave(
     warmup: int = 2,
     seed: int = 0,
     on_round: Callable[[int], None] | None = None,
+    synchronise: Synchronise = nothing_queued,
 ) -> dict[str, list[float]]:
     """Seconds per call of every arm, one value a round.
 
     All arms are warm before any is timed. Each round runs every arm once, in random order, so that drift, load and
-    caches left behind by the previous arm fall on all of them alike.
+    caches left behind by the previous arm fall on all of them alike. A sample begins and ends with nothing queued, and
+    waits nowhere between: calls on a GPU follow each other as they do in a user's loop.
     """
     repeats = {}
     for name, call in calls.items():
-        fastest = min(first_call(call) for _ in range(max(1, warmup)))
+        fastest = min(first_call(call, synchronise) for _ in range(max(1, warmup)))
         repeats[name] = max(1, min(100_000, math.ceil(min_sample_s / max(fastest, 1e-9))))
     shuffle = random.Random(seed).shuffle
     names = list(calls)
@@ -112,13 +126,31 @@ def interleave(
             shuffle(names)
             for name in names:
                 call, count = calls[name], range(repeats[name])
+                synchronise()
                 start = time.perf_counter()
                 for _ in count:
                     call()
+                synchronise()
                 seconds[name].append((time.perf_counter() - start) / len(count))
             gc.collect()  # between rounds, so that cycles left by an arm do not grow without end
             if on_round is not None:
                 on_round(i)
+    return seconds
+
+
+def host_times(call: Call, count: int, synchronise: Synchronise) -> list[float]:
+    """Seconds until each of ``count`` calls returns, from an idle device; it waits only where the launch queue is full.
+
+    What launching costs the host: a call whose device time is less than this is not helped by a faster kernel.
+    """
+    seconds = []
+    with no_collection():
+        for _ in range(count):
+            synchronise()
+            start = time.perf_counter()
+            call()
+            seconds.append(time.perf_counter() - start)
+        synchronise()
     return seconds
 
 
@@ -130,12 +162,20 @@ def _status(key: str) -> int:
     return int(match[1]) * 1024
 
 
-def peak_memory(call: Call) -> int | None:
+def peak_memory(call: Call, device: str = "cpu") -> int | None:
     """Bytes that the process grows by at most while ``call`` runs; None where the system does not tell (not Linux).
 
-    The resident high-water mark: the kernels' own workspaces count as well as tensors do.
+    The resident high-water mark: the kernels' own workspaces count as well as tensors do. On a GPU what PyTorch's
+    allocator hands out there: neither its cache nor what libraries take beside it.
     """
     gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        allocated = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - allocated
     try:
         ctypes.CDLL(None).malloc_trim(0)  # give freed pages back, or they would be reused unseen
         before = _status("VmRSS")
@@ -156,7 +196,8 @@ class Saved(NamedTuple):
 def saved_for_backward(forward: Call, exclude: Iterable[Tensor] = ()) -> Saved:
     """What one forward keeps for backward, by distinct storage; storages of ``exclude`` (parameters) do not count.
 
-    A view counts with the whole storage it keeps alive. Exact, and the same on every machine.
+    A view counts with the whole storage it keeps alive. Exact, and the same on every machine; on GPUs as far as PyTorch
+    chooses the same attention for them.
     """
     known = {t.untyped_storage().data_ptr() for t in exclude}
     storages: dict[int, tuple[int, int]] = {}

@@ -12,7 +12,7 @@ from torch import Tensor
 from eva02_kernels._registry import OP_NAMES, get_spec, reset_stats, select, stats, strict
 from eva02_kernels.bench.cases import Problem, as_tuple, make_problem
 from eva02_kernels.bench.machine import Roofline
-from eva02_kernels.bench.measure import first_call, saved_for_backward
+from eva02_kernels.bench.measure import first_call, saved_for_backward, synchroniser
 from eva02_kernels.bench.providers import Provider, Unsupported, build, provider, providers
 from eva02_kernels.bench.rows import GATE_FAILED, RAISED, UNSUPPORTED, Arm, Config, compare, measure_rows
 from eva02_kernels.bench.shapes import shape_named
@@ -49,7 +49,7 @@ def output_gradients(problem: Problem) -> tuple[Tensor, ...]:
     with torch.no_grad():
         outputs = problem.to_public(*as_tuple(problem.expression(**problem.tensors)))
     generator = torch.Generator().manual_seed(1)
-    return tuple(torch.randn(o.shape, generator=generator).to(o.dtype) for o in outputs)
+    return tuple(torch.randn(o.shape, generator=generator).to(o.dtype).to(o.device) for o in outputs)
 
 
 def results(
@@ -83,12 +83,12 @@ def expectation(problem: Problem, mode: str, grads: tuple[Tensor, ...]) -> Expec
 
 
 @functools.cache
-def contract_failure(op: str, dtype: torch.dtype, backend: str) -> str | None:
+def contract_failure(op: str, dtype: torch.dtype, backend: str, device: str) -> str | None:
     """Run the operator's contract checks on small inputs; the message of the first red one."""
     for sample in get_spec(op).samples():
-        if sample.smoke and not contract.refusal(op, sample, dtype, backend):
+        if sample.smoke and not contract.refusal(op, sample, dtype, backend, device=device):
             try:
-                contract.check_accuracy(op, sample, dtype, backend)
+                contract.check_accuracy(op, sample, dtype, backend, device=device)
             except AssertionError as error:
                 return f"contract, sample {sample.id}: {error}"
     return None
@@ -97,7 +97,8 @@ def contract_failure(op: str, dtype: torch.dtype, backend: str) -> str | None:
 def _gate(arm: Arm, problem: Problem, function: Function, mode: str, grads: Any, expected: Expected) -> None:
     if arm.provider.ours:
         args, kwargs = problem.arguments
-        failure = contract_failure(problem.op, problem.dtype, select(problem.op, *args, **kwargs).backend)
+        backend = select(problem.op, *args, **kwargs).backend
+        failure = contract_failure(problem.op, problem.dtype, backend, problem.device)
         if failure:
             arm.gate = {"passed": False, "failures": [failure]}
             arm.refuse(GATE_FAILED, failure)
@@ -136,7 +137,7 @@ def prepare(p: Provider, problem: Problem, mode: str, grads: Any, expected: Expe
     reset_stats()
     arm.call = call
     try:
-        arm.first_call_s = round(first_call(call), 5)
+        arm.first_call_s = round(first_call(call, synchroniser(problem.device)), 5)
         if p.ours:
             arm.notes["backends"] = sorted({f"{op} {direction}: {name}" for op, direction, name in stats()})
         _gate(arm, problem, function, mode, grads, expected)
@@ -157,7 +158,7 @@ def run_ops(
         for model in config.models:
             shape = shape_named(model)
             try:
-                problem = make_problem(op, shape, config.torch_dtype())
+                problem = make_problem(op, shape, config.torch_dtype(), config.device)
             except Unsupported:
                 continue  # the model has no such operator
             grads = output_gradients(problem)

@@ -18,7 +18,7 @@ def document(config: Config, rows: Sequence[Row], roofline: Roofline | None = No
     return {
         "schema": SCHEMA,
         "config": config.record(),
-        "environment": environment(),
+        "environment": environment(config.device),
         "roofline": roofline.record() if roofline else None,
         "rows": list(rows),
     }
@@ -83,8 +83,8 @@ def megabytes(count: int | None) -> str:
 
 
 TIME_HEADER = (
-    "arm", "ms (p20-p80)", "img/s", "x baseline (p20-p80)", "x compiled", "GFLOP/s", "GB/s", "roofline", "first s",
-    "peak MiB", "saved MiB", "note",
+    "arm", "ms (p20-p80)", "host ms", "img/s", "x baseline (p20-p80)", "x compiled", "GFLOP/s", "GB/s", "roofline",
+    "first s", "peak MiB", "saved MiB", "note",
 )  # fmt: skip
 
 
@@ -101,6 +101,7 @@ def time_line(row: Row) -> list[str]:
     return [
         row["provider"],
         with_spread(row["ms"]),
+        number(row["host_ms"] and row["host_ms"]["median"]),
         number(row["images_per_s"]),
         ratio,
         number(row["ratio_compiled"] and row["ratio_compiled"]["median"]),
@@ -141,16 +142,30 @@ def print_rows(rows: Sequence[Row]) -> None:
     print_table(title, [TIME_HEADER[i] for i in used], [[line[i] for i in used] for line in lines])
 
 
+def ceilings(roofline: dict[str, Any]) -> str:
+    """The two rates of a run's roofline, by what was measured."""
+    rate = roofline.get("gemm_gflops") or roofline.get("fma_gflops")
+    what = roofline.get("gemm", "multiply-add")
+    text = f"{rate:.0f} GFLOP/s {what}" if rate else f"no multiply-add peak ({roofline['reason']})"
+    copy = roofline["copy_gbps"]
+    return f"roofline of this run: {text}, {copy:.1f} GB/s copy" if copy else f"roofline: {text}"
+
+
+def describe_gpu(gpu: dict[str, Any]) -> str:
+    return f"{gpu['name']}, capability {gpu['capability']}, driver {gpu['driver'] or 'unknown'}, CUDA {gpu['cuda']}"
+
+
 def print_environment(env: dict[str, Any], roofline: dict[str, Any] | None) -> None:
+    if env["gpu"]:
+        switches = ", ".join(f"{name} {'on' if on else 'off'}" for name, on in env["gpu"]["tf32"].items())
+        print(f"{describe_gpu(env['gpu'])}, TF32: {switches}")
     load = ", ".join(f"{v:.1f}" for v in env["load"] or ())
     print(
         f"{env['cpu']}, {env['cores']} cores, {env['threads']} threads, load {load}; kernels {env['isa']}, "
         f"torch {env['versions']['torch']} {env['torch_isa']}; commit {(env['commit'] or 'none')[:12]}; {env['time']}"
     )
     if roofline:
-        fma, copy = roofline["fma_gflops"], roofline["copy_gbps"]
-        fma_text = f"{fma:.0f} GFLOP/s multiply-add" if fma else f"no multiply-add peak ({roofline['reason']})"
-        print(f"roofline of this run: {fma_text}, {copy:.1f} GB/s copy" if copy else f"roofline: {fma_text}")
+        print(ceilings(roofline))
     print("~ : inside the spread of the baseline against itself, so no result")
 
 

@@ -11,7 +11,18 @@ import torch
 from torch import Tensor
 
 from eva02_kernels.bench.machine import Roofline, environment, share_of_roofline
-from eva02_kernels.bench.measure import MIN_SAMPLE_S, Call, Saved, Spread, interleave, paired_ratio, peak_memory, spread
+from eva02_kernels.bench.measure import (
+    MIN_SAMPLE_S,
+    Call,
+    Saved,
+    Spread,
+    host_times,
+    interleave,
+    paired_ratio,
+    peak_memory,
+    spread,
+    synchroniser,
+)
 from eva02_kernels.bench.providers import AGAIN, Provider
 
 OK, UNSUPPORTED, GATE_FAILED, RAISED = "ok", "unsupported", "gate failed", "raised"
@@ -31,6 +42,7 @@ class Config:
     rounds: int = 20
     min_sample_ms: float = MIN_SAMPLE_S * 1e3
     seed: int = 0
+    device: str = "cpu"
 
     def torch_dtype(self) -> torch.dtype:
         return getattr(torch, self.dtype)
@@ -105,9 +117,9 @@ def compare(
 def empty_row(common: Mapping[str, Any], arm: Arm, env: dict[str, Any]) -> dict[str, Any]:
     """Every field a row has; what was not measured stays None."""
     measured = (
-        "ms", "samples_ms", "ratio", "ratio_compiled", "resolved", "peak_memory_bytes", "saved_bytes", "saved_units",
-        "saved_in_t", "saved_over_baseline", "images_per_s", "gflops", "gbps", "fma_share", "roofline_share",
-        "roofline_bound",
+        "ms", "samples_ms", "host_ms", "ratio", "ratio_compiled", "resolved", "peak_memory_bytes", "saved_bytes",
+        "saved_units", "saved_in_t", "saved_over_baseline", "images_per_s", "gflops", "gbps", "fma_share", "gemm_share",
+        "roofline_share", "roofline_bound",
     )  # fmt: skip
     return {
         **common,
@@ -143,18 +155,20 @@ def measure_rows(
         items: images in one call.
     """
     timed = {arm.name: arm.call for arm in arms if arm.call is not None}
+    synchronise = synchroniser(config.device)
     seconds = interleave(
         timed,
         config.rounds,
         min_sample_s=config.min_sample_ms / 1e3,
         seed=config.seed,
         on_round=None if roofline is None else lambda _: roofline.sample(),
+        synchronise=synchronise,
     )
     baseline = next(a.name for a in arms if a.provider.baseline)
     again = baseline + AGAIN
     compiled = next((a.name for a in arms if a.provider.compiled and not a.provider.ours), None)
-    env = environment()
-    peaks: dict[str, float | None] = roofline.peaks() if roofline else {"fma_gflops": None, "copy_gbps": None}
+    env = environment(config.device)
+    peaks: dict[str, float | None] = roofline.peaks() if roofline else {}
     noise = paired_ratio(seconds[baseline], seconds[again]) if {baseline, again} <= seconds.keys() else None
     rows = []
     for arm in arms:
@@ -175,14 +189,18 @@ def measure_rows(
                 row["images_per_s"] = round(items / median_s, 3)
             if flops:
                 row["gflops"] = round(flops / median_s / 1e9, 2)
-                if peaks["fma_gflops"]:
-                    row["fma_share"] = round(flops / median_s / 1e9 / peaks["fma_gflops"], 4)
+                for name in ("fma", "gemm"):
+                    rate = peaks.get(f"{name}_gflops")
+                    if rate:
+                        row[f"{name}_share"] = round(flops / median_s / 1e9 / rate, 4)
             if bytes_moved:
                 row["gbps"] = round(bytes_moved / median_s / 1e9, 3)
             share, bound = share_of_roofline(median_s, flops, bytes_moved, peaks)
             row["roofline_share"], row["roofline_bound"] = share and round(share, 4), bound
+            if config.device != "cpu":  # there a call returns when it is done, and ms says it all
+                row["host_ms"] = _record(spread(host_times(timed[arm.name], config.rounds, synchronise)).scaled(1e3))
             # After the clock has stopped: both disturb caches and the allocator.
-            row["peak_memory_bytes"] = peak_memory(timed[arm.name])
+            row["peak_memory_bytes"] = peak_memory(timed[arm.name], config.device)
             if arm.saved is not None:
                 row["saved_bytes"] = arm.saved().bytes
         rows.append(row)
