@@ -91,13 +91,14 @@ def dot_precision(dtype: torch.dtype) -> str:
     """``input_precision`` of ``tl.dot``: torch's own switch decides whether float32 products may use TF32."""
     if dtype != torch.float32 or executing == "interpreter":
         return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 # ---- launching -------------------------------------------------------------------------------------------------------
 class _Compiled(NamedTuple):
     """What a launch needs of a kernel that Triton has compiled and loaded."""
 
+    kernel: Any  # kept: its module is unloaded with it
     run: Callable[..., None]
     function: Any
     metadata: Any
@@ -148,7 +149,8 @@ def launch(kernel: Any, grid: tuple[int, ...], choice: Choice, *args: Any, **con
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             return launch(kernel, grid, choice, *args, **constants)
-    if executing == "interpreter":
+    # The interpreter compiles nothing; on AMD Triton specialises on storage sizes too, which the key leaves out.
+    if executing == "interpreter" or torch.version.hip is not None:
         kernel.run(*args, grid=grid, warmup=False, **constants, **choice.options)
         return None
     hooks, driver = _triton_runtime()
@@ -159,7 +161,7 @@ def launch(kernel: Any, grid: tuple[int, ...], choice: Choice, *args: Any, **con
         made = kernel.run(*args, grid=grid, warmup=False, **constants, **options)
         known = {**constants, **options}
         tail = tuple(known[name] for name in kernel.arg_names[len(args) :])
-        _compiled[key] = _Compiled(made.run, made.function, made.packed_metadata, tail)
+        _compiled[key] = _Compiled(made, made.run, made.function, made.packed_metadata, tail)
         return None
     active = driver.active
     stream = active.get_current_stream(active.get_current_device())

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -164,16 +165,17 @@ def canonical_rope(
     keep_idx: Tensor | None,
     *,
     num_patches: int | None,
-    batch: int | None,
+    batch: int,
     num_heads: int,
     num_kv_heads: int,
-    dtype: torch.dtype,
+    like: Tensor,
 ) -> RopeArgs:
     """Check a table against the tokens that it is for and spell it out for an operator.
 
-    ``num_patches`` and ``batch`` are those of the tokens; None for packed sequences, whose lengths are on the device.
-    ``dtype`` is the activations': the table stays float32 beside all but float64. With ``EVA02_DEBUG=1`` in the
-    environment the values of ``keep_idx`` are checked, which waits for the device; GPU kernels do not check them.
+    ``num_patches`` are those of the tokens (None for packed sequences, whose lengths are on the device), ``batch`` is
+    the number of sequences. ``like`` is an activation: the table is on its device, in float32 beside all but float64.
+    With ``EVA02_DEBUG=1`` in the environment the values of ``keep_idx`` are checked, which waits for the device; GPU
+    kernels do not check them.
     """
     if rope is None:
         if keep_idx is not None:
@@ -185,6 +187,9 @@ def canonical_rope(
         raise ValueError(f"num_prefix_tokens: expected 0 or more; got {num_prefix_tokens}")
     if head_dim % 4:
         raise ValueError(f"head_dim: rotation needs a multiple of 4; got {head_dim}")
+    for name, t in (("rope", rope.cos), ("rope", rope.sin), ("rope", rope.grids), ("keep_idx", keep_idx)):
+        if t is not None and t.device != like.device:
+            raise ValueError(f"{name}: expected tensors on {like.device}; got one on {t.device}")
     cos, sin, layout = rope.cos, rope.sin, rope.layout
     if rope.grid is None:
         if cos.shape[-1] == head_dim:  # every angle twice: keep the first copy
@@ -204,16 +209,19 @@ def canonical_rope(
                 )
             layout += ":head"
         elif rope.per == "batch":
-            if batch is not None and cos.shape[0] != batch:
+            if cos.shape[0] != batch:
                 raise ValueError(f"rope: expected a per-sample table of {batch} samples; got {cos.shape[0]}")
             layout += ":batch"
         grid = []
     else:
         if cos.shape[-1] != head_dim // 4:
             raise ValueError(f"rope: made for head_dim {4 * cos.shape[-1]}; got heads of {head_dim}")
+        for t in (rope.grids, cos if cos.dim() == 3 else None):
+            if t is not None and len(t) != batch:
+                raise ValueError(f"rope: expected a grid for each of the {batch} sequences; got {len(t)}")
         capacity = rope.grid[0] * rope.grid[1]
         grid = [rope.grid[0], rope.grid[1], int(rope.swap)]
-    if dtype != torch.float64 and cos.dtype != torch.float32:
+    if like.dtype != torch.float64 and cos.dtype != torch.float32:
         cos, sin = cos.float(), sin.float()
     if num_patches is not None:
         if keep_idx is not None:
@@ -234,6 +242,15 @@ def canonical_rope(
     if keep_idx is not None:
         keep_idx = keep_idx.contiguous()  # such as one row of indices expanded over the batch
     return RopeArgs(cos, sin, rope.grids, grid, layout, num_prefix_tokens, keep_idx)
+
+
+def per_unit_table(gradients: Sequence[Tensor], cos: Tensor, sin: Tensor) -> list[Tensor]:
+    """A table's gradients (cosines, sines) from ones computed with rotations there and back.
+
+    Rotating there and back multiplies by cos^2 + sin^2, which is 1 only for cosines and sines of angles.
+    """
+    square = cos * cos + sin * sin
+    return [torch.where(square == 0, 0.0, g / square).to(g.dtype) for g in gradients]
 
 
 # ---- reference ------------------------------------------------------------------------------------------------------

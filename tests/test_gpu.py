@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import eva02_kernels
+from eva02_kernels import _triton
 from eva02_kernels._registry import OP_NAMES, get_spec
 from eva02_kernels.testing import contract
 
@@ -22,15 +23,28 @@ def _smoke(op):
 @pytest.mark.parametrize("op", OP_NAMES)
 def test_forward_and_backward_are_captured_in_a_graph(op):
     inputs = contract.cast(contract.make(_smoke(op), torch.float32), None, "cuda")
+
+    def call():
+        result = getattr(eva02_kernels, op)(*inputs.args, **inputs.kwargs, backend="triton")
+        return result if isinstance(result, tuple) else (result,)
+
+    outputs = call()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             expected = contract.run(op, inputs, backend="triton")
     torch.cuda.current_stream().wait_stream(stream)
+    leaves = list(inputs.leaves.values())
+    grads = [g for g, o in zip(contract.output_grads(expected.outputs, 0), outputs, strict=True) if o.requires_grad]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = contract.run(op, inputs, backend="triton")
+        captured = call()
+        gradients = torch.autograd.grad([o for o in captured if o.requires_grad], leaves, grads, allow_unused=True)
+    found = contract.Result(
+        {name: o.detach() for name, o in zip(expected.outputs, captured, strict=True)},
+        {name: g for name, g in zip(inputs.leaves, gradients, strict=True) if g is not None},
+    )
     for kind in ("outputs", "grads"):
         for value in getattr(found, kind).values():
             value.fill_(float("nan"))
@@ -53,6 +67,15 @@ def test_nothing_waits_for_the_device(op):
         torch.autograd.grad(outputs, list(inputs.leaves.values()), grads, allow_unused=True)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("index", range(4))
+@pytest.mark.parametrize("op", OP_NAMES)
+def test_every_launch_choice_is_accurate(op, index, monkeypatch):
+    """The suite takes the first of the choices that autotuning times."""
+    monkeypatch.setattr(_triton, "tuned", lambda key, choices, run: choices[min(index, len(choices) - 1)])
+    for dtype in (torch.bfloat16, torch.float32):
+        contract.check_accuracy(op, _smoke(op), dtype, "triton", device="cuda")
 
 
 def test_the_current_stream_is_used():

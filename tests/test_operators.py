@@ -232,6 +232,17 @@ def test_autocast_leaves_the_table_in_float32():
             "rope: made for head_dim 16; got heads of 8",
         ),
         (
+            lambda t: eva02_kernels.rope_attention(
+                *[t(2, 5, 2, 8)] * 3,
+                eva02_kernels.rope_2d(torch.tensor([[2, 2]], dtype=torch.int32), 8, max_grid=(2, 2)),
+            ),
+            "rope: expected a grid for each of the 2 sequences; got 1",
+        ),
+        (
+            lambda t: eva02_kernels.rope_attention(*[t(1, 5, 2, 8)] * 3, eva02_kernels.rope_2d((2, 2), 8).to("meta")),
+            "rope: expected tensors on cpu; got one on meta",
+        ),
+        (
             lambda t: eva02_kernels.rope_attention(*[t(5, 2, 8)] * 3, cu_seqlens=torch.tensor([0, 5]).int()),
             "max_seqlen: expected an int",
         ),

@@ -104,6 +104,26 @@ def test_tuning_can_be_switched_off(how, monkeypatch):
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.parametrize("how", ["allow_tf32", "set_float32_matmul_precision", "fp32_precision"])
+def test_tf32_is_torchs_choice(how):
+    """The old and the new switch; reading the old one raises once the new one was used."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        assert _triton.dot_precision(torch.float32) == "ieee"
+        if how == "allow_tf32":
+            matmul.allow_tf32 = True
+        elif how == "fp32_precision":
+            matmul.fp32_precision = "tf32"
+        else:
+            torch.set_float32_matmul_precision("high")
+        assert _triton.dot_precision(torch.float32) == "tf32"
+        assert _triton.dot_precision(torch.bfloat16) == "ieee"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision = before
+
+
 def test_cpu_tensors_are_refused_outside_executing():
     with pytest.raises(NotImplementedError, match="needs GPU tensors, got cpu"):
         eva02_kernels.swiglu(torch.randn(3, 8), backend="triton")

@@ -93,15 +93,22 @@ def sum_of_run(x_ptr, order_ptr, begin, end, cols, stride, N: tl.constexpr, BLOC
     return total
 
 
-@triton.jit(do_not_specialize=["P"])
-def _column_sums_kernel(partial_ptr, out_ptr, P, N, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
+@triton.jit(do_not_specialize=["P", "ROWS"])
+def _column_sums_kernel(partial_ptr, out_ptr, P, ROWS, N, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Row i of the output has the sums of rows i * ROWS and on."""
+    first = tl.program_id(1) * ROWS
+    P = tl.minimum(P, first + ROWS)
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
-    for start in range(0, P, BLOCK_P):
+    for start in range(first, P, BLOCK_P):
         rows = start + tl.arange(0, BLOCK_P)
         keep = (rows < P)[:, None] & (cols < N)[None, :]
-        total += tl.load(partial_ptr + rows[:, None] * N + cols[None, :], mask=keep, other=0.0)
-    tl.store(out_ptr + cols, tl.sum(total, 0).to(out_ptr.dtype.element_ty), mask=cols < N)
+        total += tl.load(partial_ptr + row_offsets(rows, N) + cols[None, :], mask=keep, other=0.0)
+    out = out_ptr + tl.program_id(1) * N + cols
+    tl.store(out, tl.sum(total, 0).to(out_ptr.dtype.element_ty), mask=cols < N)
+
+
+_SHARE = 256  # rows that one program sums
 
 
 def column_sums(partials: Tensor, out: Tensor) -> Tensor:
@@ -110,8 +117,13 @@ def column_sums(partials: Tensor, out: Tensor) -> Tensor:
     One kernel for all widths: that of a position embedding varies with the grid.
     """
     programs, width = partials.shape
-    grid = (triton.cdiv(width, COLUMN_SUMS["BLOCK_N"]),)
-    _triton.launch(_column_sums_kernel, grid, COLUMN_SUMS, partials, out, programs, width)
+    blocks = triton.cdiv(width, COLUMN_SUMS["BLOCK_N"])
+    while programs > 2 * _SHARE:  # narrow parameters of many programs: one block alone would sum them all
+        shares = triton.cdiv(programs, _SHARE)
+        sums = torch.empty(shares, width, dtype=torch.float32, device=out.device)
+        _triton.launch(_column_sums_kernel, (blocks, shares), COLUMN_SUMS, partials, sums, programs, _SHARE, width)
+        partials, programs = sums, shares
+    _triton.launch(_column_sums_kernel, (blocks, 1), COLUMN_SUMS, partials, out, programs, programs, width)
     return out
 
 

@@ -35,24 +35,28 @@ class Result(NamedTuple):
     grads: dict[str, Tensor]
 
 
-def _map(obj: Any, function: Callable[[str, Tensor], Tensor], name: str, memo: dict[int, Tensor]) -> Any:
-    """The same structure with every tensor replaced; one tensor in two places stays one."""
+def _map(obj: Any, function: Callable[[str, Tensor], Tensor], name: str, memo: dict[int, Tensor], device: str) -> Any:
+    """The same structure on ``device`` with every tensor replaced but those of axis tables, which are constants.
+
+    One tensor in two places stays one.
+    """
     if isinstance(obj, Tensor):
         if id(obj) not in memo:
             memo[id(obj)] = function(name, obj)
         return memo[id(obj)]
+    if isinstance(obj, RopeTable) and obj.grid is not None:
+        return obj.to(device)
     if isinstance(obj, RopeTable):
         fields = {
-            f.name: _map(getattr(obj, f.name), function, f"{name}.{f.name}", memo)
+            f.name: _map(getattr(obj, f.name), function, f"{name}.{f.name}", memo, device)
             for f in dataclasses.fields(obj)
-            # The cosines of an axis table are constants.
-            if isinstance(getattr(obj, f.name), Tensor) and obj.grid is None
+            if isinstance(getattr(obj, f.name), Tensor)
         }
         return dataclasses.replace(obj, **fields)
     if isinstance(obj, tuple | list):
-        return type(obj)(_map(o, function, f"{name}[{i}]", memo) for i, o in enumerate(obj))
+        return type(obj)(_map(o, function, f"{name}[{i}]", memo, device) for i, o in enumerate(obj))
     if isinstance(obj, dict):
-        return {k: _map(o, function, k, memo) for k, o in obj.items()}
+        return {k: _map(o, function, k, memo, device) for k, o in obj.items()}
     return obj
 
 
@@ -79,8 +83,8 @@ def cast(inputs: tuple[tuple[Any, ...], dict[str, Any]], dtype: torch.dtype | No
         return fresh
 
     memo: dict[int, Tensor] = {}
-    args = tuple(_map(a, leaf, f"arg{i}", memo) for i, a in enumerate(inputs[0]))
-    kwargs = _map(inputs[1], leaf, "", memo)
+    args = tuple(_map(a, leaf, f"arg{i}", memo, device) for i, a in enumerate(inputs[0]))
+    kwargs = _map(inputs[1], leaf, "", memo, device)
     return Inputs(args, kwargs, leaves)
 
 

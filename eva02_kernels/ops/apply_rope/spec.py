@@ -37,7 +37,7 @@ def _canonical(
         batch=x.shape[0],
         num_heads=x.shape[2],
         num_kv_heads=x.shape[2],
-        dtype=x.dtype,
+        like=x,
     )
     return x, *table
 
@@ -84,7 +84,8 @@ def _samples() -> list[Sample]:
 
         return inputs
 
-    names = ("S2", "S37", "half", "swap", "dense", "head_table", "batch_table", "keep", "empty")
+    names = ("S2", "S37", "half", "swap", "dense", "head_table", "batch_table", "keep", "grids", "keep_dense",
+             "keep_batch", "dense88", "empty")  # fmt: skip
     cases = attention_cases()
     return [Sample(name, make(cases[name]), smoke=name == "half") for name in names]
 

@@ -75,6 +75,7 @@ def _samples() -> list[Sample]:
 
     return [
         *(Sample(f"C{c}", make(2, 9, c, count=5)) for c in (1, 15, 17, 33)),
+        Sample("wide", make(1, 3, 1030, count=2)),
         Sample("flat", make(3, 9, 24, count=4, flat=True), smoke=True),
         Sample("int32", make(2, 9, 24, count=12, small=True)),
         Sample("strided", make(2, 9, 24, count=4, strided=True)),

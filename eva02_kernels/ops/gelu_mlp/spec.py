@@ -147,6 +147,7 @@ def _samples() -> list[Sample]:
         Sample("bare", make(9, width=24, hidden=17, bias=False, pre_norm=False, residual=False)),
         Sample("scales", make(3, 5, width=32, hidden=48, scale=True, drop=True)),
         Sample("recompute", make(2, 7, width=33, hidden=61, recompute=True)),
+        Sample("rows", make(70, width=8, hidden=12, pre_norm=False)),
         Sample("empty", make(0, 5, width=16, hidden=24)),
         Sample("Ti", make(1, 197, width=192, hidden=768)),
     ]

@@ -133,6 +133,8 @@ def _samples() -> list[Sample]:
 
     return [
         *(Sample(f"C{c}", make(2, 6, c)) for c in (1, 15, 17, 33)),
+        Sample("wide", make(2, 3, 1030)),
+        Sample("batch", make(5, 3, 8)),
         Sample("no_mask", make(2, 6, 24, mask=False), smoke=True),
         Sample("no_pos", make(2, 6, 24, pos=False)),
         Sample("no_cls", make(2, 6, 24, cls=0)),

@@ -84,10 +84,14 @@ def _backward(ctx: Any, dloss: Tensor, *_: None) -> tuple[Tensor | None, ...]:
 
 
 def _samples() -> list[Sample]:
-    def make(rows: int, width: int, *, pool: int = 0, padding: int = 0, strided: bool = False) -> Any:
+    def make(
+        rows: int, width: int, *, pool: int = 0, padding: int = 0, strided: bool = False, tiny: bool = False
+    ) -> Any:
         def inputs(dtype: torch.dtype, generator: torch.Generator) -> tuple[tuple[Any, ...], dict[str, Any]]:
             pred = torch.randn(rows, width * (2 if strided else 1), generator=generator).to(dtype)[:, :width]
             target = torch.randn(pool or rows, width, generator=generator).to(dtype)
+            if tiny:  # norms under 1e-8
+                pred[0], pred[1], target[2] = 0.0, pred[1] * 1e-10, target[2] * 1e-10
             if not pool:
                 return (pred, target), {}
             idx = torch.randint(0, pool, (rows,), generator=generator)
@@ -101,6 +105,8 @@ def _samples() -> list[Sample]:
         Sample("idx", make(29, 64, pool=50), smoke=True),
         Sample("padding", make(29, 64, pool=20, padding=5)),
         Sample("all_padding", make(4, 32, pool=9, padding=4)),
+        Sample("wide", make(5, 1030, pool=4)),
+        Sample("tiny", make(5, 24, tiny=True)),
         Sample("strided", make(5, 24, strided=True)),
         Sample("empty", make(0, 24)),
         Sample("mim", make(105, 1024, pool=256)),

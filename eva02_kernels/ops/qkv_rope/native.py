@@ -9,7 +9,7 @@ from torch import Tensor
 
 from eva02_kernels.ops._common import contiguous, empty_like_needed, empty_stats, present, rows_2d
 from eva02_kernels.ops.apply_rope import native as rope_native
-from eva02_kernels.rope import NUM_ROPE_ARGS
+from eva02_kernels.rope import NUM_ROPE_ARGS, per_unit_table
 
 NUM_PARAMETERS = 8  # wq, wk, wv, bq, bk, bv, pre_weight, pre_bias
 
@@ -80,5 +80,7 @@ def bwd(dqkv: Tensor, mean: Tensor, rstd: Tensor, qkv: Tensor | None, x: Tensor,
             unrotated = rope_native.rotate(qkv[:, :, part], rope, inverse=True)
             found = rope_native.table_gradients(dqkv[:, :, part], unrotated, rope)
             totals = [t.add_(g) for t, g in zip(totals, found, strict=True)] if totals else list(found)
-        result += [totals[0]] * needs_cos + [totals[1]] * needs_sin
+        # Un-rotating what was rotated gives cos^2 + sin^2 times the projection.
+        dcos, dsin = per_unit_table(totals, *rope[:2])
+        result += [dcos] * needs_cos + [dsin] * needs_sin
     return result

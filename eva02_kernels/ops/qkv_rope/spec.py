@@ -100,7 +100,7 @@ def _canonical(
         batch=x.shape[0],
         num_heads=num_heads,
         num_kv_heads=kv_heads,
-        dtype=x.dtype,
+        like=x,
     )
     return x, *weights, *biases, *canonical_pre_norm(pre_norm, x), *table, num_heads, kv_heads
 
@@ -197,8 +197,10 @@ def _samples() -> list[Sample]:
         Sample("half", make(64, shape=(2, 2, 32), grid=(3, 4), layout="half", prefix=5)),
         Sample("keep", make(64, shape=(2, 1, 64), grid=(4, 4), keep=7)),
         Sample("gqa", make(64, split=True, kv=2, shape=(2, 4, 16), grid=(4, 4))),
+        Sample("scaled_table", make(48, shape=(2, 3, 16), grid=(3, 3), rope="dense", table_scale=1.1)),
         Sample("head_table", make(48, shape=(2, 3, 16), grid=(3, 3), rope="head")),
         Sample("batch_table", make(48, split=True, shape=(2, 3, 16), grid=(3, 3), rope="batch")),
+        Sample("grids", make(48, shape=(2, 3, 16), grid=(3, 4), grids=((3, 4), (4, 3)), swap=True)),
         Sample("empty", make(48, shape=(0, 3, 16), grid=(3, 3))),
         Sample("Ti", make(192, shape=(1, 3, 64), grid=(16, 16))),
     ]

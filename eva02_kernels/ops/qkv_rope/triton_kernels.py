@@ -37,7 +37,7 @@ from eva02_kernels.ops._triton_rope import rotate as rotate_pairs
 from eva02_kernels.ops.add_layer_norm.triton_kernels import norm_backward
 from eva02_kernels.ops.apply_rope.triton_kernels import rotate, table_gradients
 from eva02_kernels.ops.qkv_rope.native import NUM_PARAMETERS
-from eva02_kernels.rope import NUM_ROPE_ARGS, RopeArgs
+from eva02_kernels.rope import NUM_ROPE_ARGS, RopeArgs, per_unit_table
 
 
 @triton.jit(do_not_specialize=["M", "S", *ROPE_INTEGERS])
@@ -160,5 +160,7 @@ def bwd(dqkv: Tensor, mean: Tensor, rstd: Tensor, qkv: Tensor | None, x: Tensor,
             unrotated = rotate(qkv[:, :, at], rope, inverse=True)
             found = table_gradients(dqkv[:, :, at], unrotated, rope)
             totals = [t.add_(g) for t, g in zip(totals, found, strict=True)] if totals else list(found)
-        result += [totals[0]] * needs_cos + [totals[1]] * needs_sin
+        # Un-rotating what was rotated gives cos^2 + sin^2 times the projection.
+        dcos, dsin = per_unit_table(totals, *rope[:2])
+        result += [dcos] * needs_cos + [dsin] * needs_sin
     return result

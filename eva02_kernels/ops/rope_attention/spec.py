@@ -59,6 +59,7 @@ def canonical_attention(
             "int32 (num_seq + 1,)",
             f"{tuple(cu_seqlens.shape)} {cu_seqlens.dtype}",
         )
+        check(cu_seqlens.device == q.device, "cu_seqlens", f"a tensor on {q.device}", cu_seqlens.device)
         check(max_seqlen is not None, "max_seqlen", "an int with cu_seqlens", max_seqlen)
         check(key_padding_mask is None, "key_padding_mask", "None with cu_seqlens", "a tensor")
         check(keep_idx is None, "keep_idx", "None with cu_seqlens", "a tensor")
@@ -66,10 +67,12 @@ def canonical_attention(
         check(q.dim() == 4, "q", "(B, S, H, D)", tuple(q.shape))
         if key_padding_mask is not None:
             check(
-                key_padding_mask.dtype == torch.bool and tuple(key_padding_mask.shape) == (batch[0], tokens),
+                key_padding_mask.dtype == torch.bool
+                and tuple(key_padding_mask.shape) == (batch[0], tokens)
+                and key_padding_mask.device == q.device,
                 "key_padding_mask",
-                f"bool ({batch[0]}, {tokens})",
-                f"{tuple(key_padding_mask.shape)} {key_padding_mask.dtype}",
+                f"bool ({batch[0]}, {tokens}) on {q.device}",
+                f"{tuple(key_padding_mask.shape)} {key_padding_mask.dtype} on {key_padding_mask.device}",
             )
         check(
             rope is None or tokens >= num_prefix_tokens,
@@ -85,10 +88,10 @@ def canonical_attention(
         num_prefix_tokens,
         keep_idx,
         num_patches=None if cu_seqlens is not None else tokens - num_prefix_tokens,
-        batch=batch[0] if batch else None,
+        batch=batch[0] if cu_seqlens is None else len(cu_seqlens) - 1,
         num_heads=heads,
         num_kv_heads=num_kv_heads,
-        dtype=q.dtype,
+        like=q,
     )
     return (
         *table,
@@ -156,7 +159,9 @@ def attention_inputs(
     causal: bool = False,
     norm: bool = False,
     swap: bool = False,
+    table_scale: float = 1.0,
     seqlens: tuple[tuple[int, int], ...] | None = None,
+    grids: tuple[tuple[int, int], ...] | None = None,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
     """Random q, k, v of (B, H, D) = ``shape`` and keyword arguments; the sequence follows from the grid."""
     batch, heads, d = shape
@@ -174,8 +179,8 @@ def attention_inputs(
     if rope == "axis":
         sides: Any = grid
         extra: dict[str, Any] = {"grid_indexing": "xy" if swap else "ij"}
-        if seqlens is not None:
-            sides = torch.tensor(seqlens, dtype=torch.int32)
+        if seqlens is not None or grids is not None:
+            sides = torch.tensor(seqlens or grids, dtype=torch.int32)
             extra["max_grid"] = tuple(int(n) for n in sides.max(0).values)
         kwargs["rope"] = rope_2d(sides, d, layout=layout, **extra)
     elif rope != "none":
@@ -183,7 +188,7 @@ def attention_inputs(
         angles = torch.randn(*lead_table, patches, d // 2, generator=generator) * 2
         angles = angles.to(torch.promote_types(dtype, torch.float32))
         per = None if rope == "dense" else rope
-        kwargs["rope"] = RopeTable.from_cos_sin(angles.cos(), angles.sin(), layout, per=per)
+        kwargs["rope"] = RopeTable.from_cos_sin(table_scale * angles.cos(), table_scale * angles.sin(), layout, per=per)
     if keep is not None:
         kwargs["keep_idx"] = torch.stack([torch.randperm(patches, generator=generator)[:keep] for _ in range(batch)])
     if mask:
@@ -210,6 +215,7 @@ def attention_cases() -> dict[str, dict[str, Any]]:
         "swap": {"shape": (1, 2, 32), "grid": (3, 4), "swap": True, "prefix": 0},
         "none": {"shape": (2, 2, 20), "grid": (3, 3), "rope": "none"},
         "dense": {"shape": (2, 2, 24), "grid": (3, 3), "rope": "dense"},
+        "scaled_table": {"shape": (2, 2, 24), "grid": (3, 3), "rope": "dense", "table_scale": 1.1},
         "head_table": {"shape": (2, 3, 16), "grid": (3, 4), "rope": "head", "layout": "half"},
         "batch_table": {"shape": (2, 3, 16), "grid": (3, 4), "rope": "batch"},
         "keep": {"shape": (2, 2, 64), "grid": (4, 4), "keep": 7},
@@ -218,6 +224,15 @@ def attention_cases() -> dict[str, dict[str, Any]]:
         "gqa": {"shape": (2, 4, 64), "num_kv_heads": 2, "grid": (4, 5)},
         "norm": {"shape": (2, 4, 76), "num_kv_heads": 2, "grid": (4, 5), "norm": True},
         "varlen": {"shape": (1, 2, 64), "seqlens": ((2, 3), (4, 4), (1, 1))},
+        "varlen_dense": {"shape": (3, 2, 24), "seqlens": ((2, 3), (4, 4), (1, 1)), "grid": (4, 4), "rope": "dense"},
+        "varlen_batch": {"shape": (3, 2, 24), "seqlens": ((2, 3), (4, 4), (1, 1)), "grid": (4, 4), "rope": "batch"},
+        # A sequence of fewer blocks than the longest has.
+        "varlen_norm": {"shape": (2, 2, 16), "seqlens": ((2, 3), (5, 7)), "norm": True},
+        "grids": {"shape": (2, 2, 16), "grid": (3, 4), "grids": ((3, 4), (4, 3)), "swap": True},
+        "keep_dense": {"shape": (2, 2, 24), "grid": (4, 4), "keep": 7, "rope": "dense"},
+        "keep_batch": {"shape": (2, 2, 24), "grid": (4, 4), "keep": 7, "rope": "batch"},
+        "dense88": {"shape": (6, 3, 88), "grid": (2, 2), "rope": "dense"},
+        "norm_heads": {"shape": (5, 7, 16), "grid": (2, 2), "norm": True},
         "D128": {"shape": (1, 2, 128), "grid": (6, 6)},
         "empty": {"shape": (0, 2, 16), "grid": (2, 2)},
         "S257": {"shape": (1, 2, 64), "grid": (16, 16)},
@@ -263,13 +278,18 @@ def triton_unsupported(direction: str, args: tuple[Any, ...]) -> Sequence[str]:
     head_dim = args[0].shape[-1]
     if head_dim % 4 or not 4 <= head_dim <= 128:
         reasons.append(f"needs a head dim of 4..128 in steps of 4, got {head_dim}")
-    tokens, stride = args[0].shape[-3], args[0].stride(-3)
-    if tokens * stride >= 2**31:
-        reasons.append(f"needs sequences that span under 2**31 elements, got {tokens} tokens of {stride}")
+    for t in args[:6]:  # q, k, v or qkv; before them in backward dout, out, lse
+        if isinstance(t, Tensor) and t.dim() >= 3 and t.dtype == args[0].dtype and t.shape[-3] * t.stride(-3) >= 2**31:
+            sizes = f"{t.shape[-3]} tokens of {t.stride(-3)}"
+            reasons.append(f"needs sequences that span under 2**31 elements, got {sizes}")
+            break
     # The schema's shared arguments are the last ones, before `needs` in backward.
     shared = args[-NUM_SHARED:] if direction == "fwd" else args[-NUM_SHARED - 1 : -1]
-    cos, grid, q_norm, k_norm = shared[0], shared[3], *shared[-3:-1]
-    trains = cos is not None and not grid and (cos.requires_grad or (direction == "bwd" and any(args[-1][-4:-2])))
+    cos, sin, _, grid = shared[:4]
+    q_norm, k_norm = shared[-3:-1]
+    trains = False
+    if cos is not None and not grid:
+        trains = cos.requires_grad or sin.requires_grad or (direction == "bwd" and any(args[-1][-4:-2]))
     if trains and (q_norm is not None or k_norm is not None):
         reasons.append("has no gradient of a dense table beside q_norm or k_norm")
     return reasons

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from eva02_kernels import _launch, _triton
 from eva02_kernels._launch import Choice
-from eva02_kernels.ops._common import last_dense
+from eva02_kernels.ops._common import contiguous, last_dense
 from eva02_kernels.ops._triton_lib import INTERPRETED, column_sums, dot
 from eva02_kernels.ops._triton_rope import (
     ROPE_INTEGERS,
@@ -36,8 +36,9 @@ from eva02_kernels.ops._triton_rope import (
     store_pairs,
     unrotate,
 )
+from eva02_kernels.ops.apply_rope import triton_kernels as apply_rope
 from eva02_kernels.ops.rope_attention.reference import split_packed
-from eva02_kernels.rope import NUM_ROPE_ARGS, RopeArgs
+from eva02_kernels.rope import NUM_ROPE_ARGS, RopeArgs, per_unit_table
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -559,6 +560,7 @@ def _prepare(q: Tensor, args: tuple[Any, ...]) -> _Call:
         sequences, longest = cu_seqlens.numel() - 1, max_seqlen
         lse_strides = (0, q.shape[0])
     mask = None if mask is None else mask.contiguous().view(torch.uint8)
+    cu_seqlens, q_norm, k_norm = contiguous(cu_seqlens, q_norm, k_norm)
     key = (q.dtype, head_dim, _launch.power_of_2(longest), arch, causal)
     return _Call((*tensors, *integers), (mask, cu_seqlens), (q_norm, k_norm), (*lse_strides, longest),
                  (scale, norm_eps), constants, sequences, longest, key)  # fmt: skip
@@ -579,12 +581,24 @@ def _grid(call: _Call, heads: int, block: int) -> tuple[int]:
     return (call.sequences * heads * triton.cdiv(call.longest, block),)
 
 
+def _is_packed(args: Sequence[Any]) -> bool:
+    return args[NUM_ROPE_ARGS + 1] is not None
+
+
+def _allocate(like: Tensor, args: Sequence[Any]) -> Tensor:
+    """Contiguous memory for an output; zeros for packed tokens, of which some may be padding behind every sequence."""
+    make = torch.zeros if _is_packed(args) else torch.empty
+    return make(like.shape, dtype=like.dtype, device=like.device)
+
+
 def fwd(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = _allocate(q, args)
     *batch, tokens, heads, head_dim = q.shape
     lse = torch.empty(*batch, heads, tokens, dtype=torch.float32, device=q.device)
+    if _is_packed(args) or not out.numel():
+        lse.fill_(float("-inf"))
     if not out.numel():
-        return out, lse.fill_(float("-inf"))
+        return out, lse
     q, k, v = (last_dense(t) for t in (q, k, v))
     call = _prepare(q, args)
     strides, constants = _strides(q=q, k=k, v=v, o=out)
@@ -637,7 +651,7 @@ def _gradients(
     call = _prepare(q, args)
     heads, kv_heads, head_dim = q.shape[-2], k.shape[-2], q.shape[-1]
     # The gradients of a table are sums over the unrounded gradients of q and k.
-    to_q, to_k = (torch.empty(t.shape, device=t.device) if needs_table else t for t in (dq, dk))
+    to_q, to_k = (_allocate(t.float(), args) if needs_table else t for t in (dq, dk))
     delta = torch.empty_like(lse)
     dq_strides, dq_constants = _strides(g=dout, o=out, q=q, k=k, v=v, dq=to_q)
     dkdv_strides, dkdv_constants = _strides(g=dout, q=q, k=k, v=v, dk=to_k, dv=dv)
@@ -667,14 +681,13 @@ def _gradients(
         run(_triton.tuned((f"attention_{name}", *call.key), choices, run))
     found: list[Tensor] = []
     if needs_table:
-        from eva02_kernels.ops.apply_rope import triton_kernels as apply_rope
-
         packed = {"cu_seqlens": call.masks[1]}
         sums = []
         for d, x in ((to_q, q), (to_k, k)):
             rotated = apply_rope.rotate(d, rope, inverse=False, out=d.clone(), max_seqlen=call.longest, **packed)
             sums.append(apply_rope.table_gradients(rotated, x, rope, **packed))
-        dcos, dsin = (a + b for a, b in zip(*sums, strict=True))
+        assert rope.cos is not None and rope.sin is not None
+        dcos, dsin = per_unit_table([a + b for a, b in zip(*sums, strict=True)], rope.cos, rope.sin)
         found += [dcos] * needs_cos + [dsin] * needs_sin
         dq.copy_(to_q)
         dk.copy_(to_k)
@@ -686,7 +699,7 @@ def _gradients(
 
 def bwd(dout: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> list[Tensor]:
     *args, needs = args  # type: ignore[assignment]
-    grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v)]
+    grads = [_allocate(t, args) for t in (q, k, v)]
     dq, dk, dv = grads
     others = _gradients(dout, out, lse, q, k, v, tuple(args), dq, dk, dv, needs[3:])
     return [t for t, need in zip(grads, needs, strict=False) if need] + others
@@ -694,7 +707,7 @@ def bwd(dout: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor,
 
 def bwd_packed(dout: Tensor, out: Tensor, lse: Tensor, qkv: Tensor, num_kv_heads: int, *args: Any) -> list[Tensor]:
     *args, needs = args  # type: ignore[assignment]
-    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    dqkv = _allocate(qkv, args)
     split = functools.partial(split_packed, num_kv_heads=num_kv_heads)
     q, k, v = split(qkv)
     dq, dk, dv = split(dqkv)

@@ -211,6 +211,7 @@ def _samples() -> list[Sample]:
         Sample("other_residual", make(2, 5, width=32, hidden=48, residual="other")),
         Sample("recompute", make(2, 7, width=40, hidden=61, recompute=True)),
         Sample("recompute_packed", make(2, 7, width=40, hidden=64, recompute=True, packed=True, norm=False)),
+        Sample("rows", make(70, width=8, hidden=12, norm=False, pre_norm=False)),
         Sample("empty", make(0, 5, width=16, hidden=24)),
         Sample("F2730", make(1, 29, width=64, hidden=2730)),
         Sample("Ti", make(1, 257, width=192, hidden=512, packed=True, norm=False)),
