@@ -9,7 +9,7 @@ import triton.language as tl
 from samples import samples
 
 from eva02_kernels import _launch
-from eva02_kernels.ops._triton_lib import dot
+from eva02_kernels.ops._triton_lib import column_sums, dot
 from eva02_kernels.testing import contract, executing, nan_filled_memory
 
 pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="needs TRITON_INTERPRET=1")
@@ -46,6 +46,23 @@ def test_float32_is_rounded_to_the_nearest_bfloat16():
     with executing("interpreter"):
         _round_kernel[(1,)](x, out, N=4096)
     torch.testing.assert_close(out, x.bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("programs", [1, 33, 513, 1100])
+def test_sums_of_many_programs_are_right(programs):
+    """More than a tile, more than one program adds: no operator's sample has as many."""
+    partials = torch.randn(programs, 70)
+    with executing("interpreter"), nan_filled_memory():
+        out = column_sums(partials, torch.empty(70))
+    torch.testing.assert_close(out, partials.sum(0), rtol=1e-4, atol=1e-4)
+
+
+def test_a_load_or_store_outside_the_kernels_tensors_is_an_error():
+    x = torch.randn(16, 16)
+    with executing("interpreter"), pytest.raises(Exception, match="load outside the kernel"):
+        _dot_kernel[(1,)](x, x[:15].clone(), torch.empty_like(x), torch.empty_like(x), N=16)
+    with executing("interpreter"), pytest.raises(Exception, match="store outside the kernel"):
+        _round_kernel[(1,)](x, torch.empty(8, dtype=torch.bfloat16), N=256)
 
 
 def test_the_interpreter_is_left_as_it_was():
