@@ -549,7 +549,7 @@ def work(op: str, route: str, jobs: list[dict[str, Any]]) -> None:
                     contract.check_accuracy(op, sample, torch.float32, "triton")
                 except Exception as error:
                     text = " ".join(f"{type(error).__name__}: {error}".splitlines())
-                    return {"sample": sample.id, "how": _kind(text), "message": text[:300]}
+                    return {"sample": sample.id, "how": _kind(text), "message": text[:160]}
                 passed += 1
             return {"sample": None, "passed": passed}
 
@@ -606,7 +606,7 @@ def run_operator(op: str, route: str, mutants: list[Mutant], folder: Path) -> li
     jobs = [{"ops": None, "large": " ".join(m.large for m in mutants), "first": None}]
     jobs += [{"ops": str(folder / m.name), "large": m.large, "first": noticed.get((m.name, op))} for m in mutants]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(folder), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, __file__, "--work", op, route]
+    command = [sys.executable, "-W", "ignore", __file__, "--work", op, route]
     outcomes: list[dict[str, Any]] = []
     with subprocess.Popen(
         command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

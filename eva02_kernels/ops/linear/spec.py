@@ -97,7 +97,7 @@ def _samples() -> list[Sample]:
         Sample("residual", make(3, 11, 32, n=48, residual=True, scale=True, drop=True), smoke=True),
         Sample("no_bias", make(2, 11, 32, n=48, bias=False, scale=True)),
         Sample("drop", make(4, 3, 32, n=48, drop=True)),
-        Sample("tiles", make(600, 4, n=72)),  # more than GROUP_ROWS tiles of rows, two of columns
+        Sample("tiles", make(1100, 4, n=136)),  # more than GROUP_ROWS tiles of rows, two of columns
         Sample("wide", make(3, 8, n=1030)),
         Sample("deep", make(3, 1030, n=6, scale=True)),
         Sample("empty", make(0, 4, 32, n=48)),
