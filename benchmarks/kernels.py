@@ -35,7 +35,7 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "float32": torch.float32,
-    "tf32": torch.float32,  # float32 where torch.backends.cuda.matmul.allow_tf32 is set
+    "tf32": torch.float32,  # float32 where torch.backends.cuda.matmul.fp32_precision allows it
 }
 MAX_RATIO = 1.05
 """Bytes that a row kernel may move over the operator's minimum."""
@@ -399,12 +399,12 @@ def taking(index: int) -> Iterator[dict[str, Any]]:
 @contextlib.contextmanager
 def allowing_tf32(allowed: bool) -> Iterator[None]:
     matmul = torch.backends.cuda.matmul
-    before = matmul.allow_tf32
-    matmul.allow_tf32 = allowed
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32" if allowed else "ieee"
     try:
         yield
     finally:
-        matmul.allow_tf32 = before
+        matmul.fp32_precision = before
 
 
 @dataclass(frozen=True)
@@ -596,6 +596,17 @@ def violations(budget: dict[str, Any], found: dict[str, dict[str, Any]], *, whol
     return lines
 
 
+FIELDS = ("registers", "spills", "shared", "occupancy", "widths", "matrix", "launch")
+
+
+def read_budget(path: Path) -> dict[str, Any]:
+    """``tools``, and for each group's key the ratios of its bytes and its kernels as ``describe`` gives them."""
+    budget = json.loads(path.read_text())
+    for group in budget["groups"].values():
+        group["kernels"] = {name: dict(zip(FIELDS, k, strict=True)) for name, k in group["kernels"].items()}
+    return budget
+
+
 def write_budget(path: Path, found: dict[str, dict[str, Any]], before: dict[str, Any] | None = None) -> None:
     """``found``, one line a kernel; the groups of ``before`` that it leaves out stay."""
     kept = dict(before["groups"]) if before else {}
@@ -603,7 +614,7 @@ def write_budget(path: Path, found: dict[str, dict[str, Any]], before: dict[str,
         kept[key] = {"bytes": {d: b["ratio"] for d, b in now.get("bytes", {}).items()}, "kernels": now["kernels"]}
     lines = []
     for key in sorted(kept, key=lambda k: (int(k.split()[0]), k)):
-        kernels = [f"   {json.dumps(n)}: {json.dumps(k)}" for n, k in kept[key]["kernels"].items()]
+        kernels = [f"   {json.dumps(n)}: {json.dumps([k[f] for f in FIELDS])}" for n, k in kept[key]["kernels"].items()]
         body = ",\n".join(kernels)
         lines.append(f'  {json.dumps(key)}: {{"bytes": {json.dumps(kept[key]["bytes"])}, "kernels": {{\n{body}}}}}')
     body = ",\n".join(lines)
@@ -668,7 +679,7 @@ def main(argv: list[str] | None = None) -> int:
     whole = not (args.arch or args.ops or args.dtypes or args.quick)
     found = compile_all(plan, args.jobs)
     if args.check:
-        budget = json.loads(args.budget.read_text())
+        budget = read_budget(args.budget)
         if budget["tools"] != tools():
             print(f"spills and matrix instructions only: {tools()} here, the budget has {budget['tools']}")
         lines = violations(budget, found, whole=whole)
@@ -683,7 +694,7 @@ def main(argv: list[str] | None = None) -> int:
         if failed:
             print("not written: something does not compile")
             return 1
-        before = None if whole or not args.budget.exists() else json.loads(args.budget.read_text())
+        before = None if whole or not args.budget.exists() else read_budget(args.budget)
         write_budget(args.budget, found, before)
         print(f"wrote {args.budget}")
     return 1 if failed else 0
