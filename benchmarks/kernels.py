@@ -202,12 +202,14 @@ def _mask_tokens(i: Inputs) -> Arguments:
     return (i.tensor(i.batch, patches, dim), mask, *tokens), {}
 
 
-def _cosine(index: bool) -> Callable[[Inputs], Arguments]:
+def _cosine(index: bool, *, target_trains: bool = False) -> Callable[[Inputs], Arguments]:
     def make(i: Inputs) -> Arguments:
-        # The teacher's features take no gradient.
+        # A teacher's features take no gradient.
         rows = i.picked().numel()
         if index:
             target = torch.empty(i.batch * i.tokens, TARGET_DIM, dtype=i.dtype)
+            if target_trains:
+                target = i.tensor(*target.shape)
             return (i.tensor(rows, TARGET_DIM), target, torch.arange(rows)), {}
         return (i.tensor(rows, TARGET_DIM), torch.empty(rows, TARGET_DIM, dtype=i.dtype)), {}
 
@@ -309,6 +311,7 @@ CASES = (
          rows=True),
     Case("masked_cosine_loss", "rows", ("base",), _cosine(False), rows=True),
     Case("masked_cosine_loss", "index", ("base",), _cosine(True), quick=("base",), rows=True),
+    Case("masked_cosine_loss", "target", ("base",), _cosine(True, target_trains=True), quick=("base",)),
 )  # fmt: skip
 # Their kernels multiply matrices, where TF32 is another choice.
 PRODUCTS = ("rope_attention", "rope_attention_packed", "qkv_rope", "linear", "swiglu_mlp", "gelu_mlp")
