@@ -86,8 +86,8 @@ def pair_chunks(head_dim: int) -> tuple[int, int]:
 
 # ---- attention -------------------------------------------------------------------------------------------------------
 # BLOCK_M queries by BLOCK_N keys, for heads that take tiles of up to 64, 96 and 128 channels. Each was the largest
-# without spilled registers among those compiled for compute capability 8.0; rotated tiles are computed in registers,
-# which is what limits them.
+# without spilled registers among those compiled for 8.0 in bfloat16 with axis tables (benchmarks/results/kernels.json
+# has the variants that do spill); rotated tiles are computed in registers, which is what limits them.
 _ATTENTION = {
     "fwd": {
         64: (choice(4, 2, BLOCK_M=64, BLOCK_N=64), choice(8, 2, BLOCK_M=128, BLOCK_N=64)),

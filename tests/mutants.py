@@ -470,7 +470,7 @@ MUTANTS = (
     M("qk_norm_projection_of_the_first_tile", ATTENTION, "_store_gradient", "along += ", "along += 0.0 * ", ATTENTIONS),
     M("qk_norm_weight_gradient_of_a_channel", ATTENTION, "_store_gradient", "tl.sum(b1 * xb1, 0)",
       "tl.sum(a1 * xb1, 0)", ATTENTIONS),
-    M("qk_norm_partials_not_zeroed", ATTENTION, "_partials", "torch.zeros", "torch.empty", "rope_attention"),
+    M("qk_norm_partials_not_zeroed", ATTENTION, "_partials", "partials.zero_()", "partials", "rope_attention"),
     M("attention_backward_rotates_on", ATTENTION, "_store_gradient", "a1, b1 = unrotate", "a1, b1 = rotate",
       ATTENTIONS),
 )

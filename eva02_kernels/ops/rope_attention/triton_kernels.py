@@ -26,7 +26,7 @@ from torch import Tensor
 from eva02_kernels import _launch, _triton
 from eva02_kernels._launch import Choice
 from eva02_kernels.ops._common import contiguous, last_dense
-from eva02_kernels.ops._triton_lib import INTERPRETED, column_sums, dot
+from eva02_kernels.ops._triton_lib import INTERPRETED, column_sums, dot, parameter_partials
 from eva02_kernels.ops._triton_rope import (
     ROPE_INTEGERS,
     load_cos_sin,
@@ -620,10 +620,9 @@ def fwd_packed(qkv: Tensor, num_kv_heads: int, *args: Any) -> tuple[Tensor, Tens
 
 
 def _partials(weight: Tensor | None, need: bool, programs: int) -> Tensor | None:
-    # Zeroed: a program beyond its sequence's length leaves its row as it is.
-    if weight is None or not need:
-        return None
-    return torch.zeros(programs, weight.numel(), dtype=torch.float32, device=weight.device)
+    partials = None if weight is None else parameter_partials(weight, need, programs, weight.device)
+    # A program beyond its sequence's length leaves its row as it is.
+    return None if partials is None else partials.zero_()
 
 
 def _gradients(
