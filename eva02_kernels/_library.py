@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,14 +21,46 @@ def define(spec: OpSpec) -> OpSpec:
     _library.define(f"{fwd}({spec.fwd_schema}, str backend) -> {spec.fwd_returns}")
     _library.define(f"{bwd}({spec.bwd_schema}, str backend) -> Tensor[]")
     # One kernel for every device: the device is one of the things that a backend may refuse.
-    _library.impl(fwd, _implementation(spec, "fwd"), "CompositeExplicitAutograd")
-    _library.impl(bwd, _implementation(spec, "bwd"), "CompositeExplicitAutograd")
+    forward, backward = _implementation(spec, "fwd"), _implementation(spec, "bwd")
+    _library.impl(fwd, forward, "CompositeExplicitAutograd")
+    _library.impl(bwd, backward, "CompositeExplicitAutograd")
     torch.library.register_fake(f"eva02_kernels::{fwd}", lambda *args: spec.fake_fwd(*args[:-1]), lib=_library)
     torch.library.register_fake(f"eva02_kernels::{bwd}", lambda *args: spec.fake_bwd(*args[:-1]), lib=_library)
-    _library.impl(fwd, _autograd(spec, getattr(torch.ops.eva02_kernels, fwd).default), "Autograd", with_keyset=True)
-    op = getattr(torch.ops.eva02_kernels, bwd).default
-    _library.impl(bwd, _refuse_second_derivative(spec.name, op), "Autograd", with_keyset=True)
+    for name, implementation, autograd in (
+        (fwd, forward, _differentiable(spec)),
+        (bwd, backward, _not_differentiable(spec)),
+    ):
+        _library.impl(name, _autograd_key(name, autograd), "Autograd", with_keyset=True)
+        _direct[name] = functools.partial(autograd, implementation)
     return _registry.register(spec)
+
+
+def run(name: str, *args: Any) -> Any:
+    """``torch.ops.eva02_kernels.<name>(*args)``, around the dispatcher where that changes nothing.
+
+    Two passes through the dispatcher, each from Python into Python, cost as much host time as a small kernel.
+    """
+    if torch.compiler.is_compiling() or not _is_plain(args):
+        return getattr(torch.ops.eva02_kernels, name).default(*args)
+    return _direct[name](*args)
+
+
+_direct: dict[str, Callable[..., Any]] = {}
+_PLAIN = {Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list, tuple}
+
+
+def _is_plain(args: tuple[Any, ...]) -> bool:
+    """Nobody between the caller and the kernel: no mode, transform, tracer, profiler, subclass or meta tensor."""
+    if (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+        or torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.AutogradCPU)
+    ):
+        return False
+    return _PLAIN.issuperset(map(type, args)) and not args[0].is_meta
 
 
 def _implementation(spec: OpSpec, direction: str) -> Callable[..., Any]:
@@ -38,57 +71,68 @@ def _implementation(spec: OpSpec, direction: str) -> Callable[..., Any]:
     return implementation
 
 
-def _autograd(spec: OpSpec, op: Any) -> Callable[..., Any]:
-    """The forward operator's kernel for the autograd keys.
+def _autograd_key(name: str, autograd: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator's kernel for the autograd keys: ``autograd`` around the next kernel that the dispatcher has."""
+    op = getattr(torch.ops.eva02_kernels, name).default
+
+    def kernel(keyset: Any, *args: Any) -> Any:
+        def below(*inputs: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                return op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+
+        return autograd(below, *args)
+
+    return kernel
+
+
+def _differentiable(spec: OpSpec) -> Callable[..., Any]:
+    """``(below, *args) -> below(*args)`` with ``spec``'s gradients.
 
     It does what ``torch.library.register_autograd`` does, without that function's search for schema defaults (ours have
     none), which costs 100 us a call at these argument counts: as much as the rest of a small block.
     """
 
-    def forward(ctx: Any, *args: Any) -> Any:
-        *inputs, keyset = args
-        with torch._C._AutoDispatchBelowAutograd():
-            output = op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+    def forward(ctx: Any, *args_and_below: Any) -> Any:
+        *args, below = args_and_below
+        output = below(*args)
         ctx.set_materialize_grads(False)  # statistics have no gradient: no zeros are allocated for them
-        ctx.backend = inputs.pop()
-        spec.setup_context(ctx, tuple(inputs), output)
+        ctx.backend = args[-1]
+        spec.setup_context(ctx, tuple(args[:-1]), output)
         return output
 
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         if all(g is None for g in grads):
             return (None,) * len(ctx.needs_input_grad)
-        return (*spec.backward(ctx, *grads), None, None)  # backend and keyset
+        return (*spec.backward(ctx, *grads), None, None)  # backend and below
 
-    return _autograd_kernel(op, forward, backward)
+    return _autograd_function(f"{spec.name}_fwd", forward, backward)
 
 
-def _refuse_second_derivative(name: str, op: Any) -> Callable[..., Any]:
-    """The backward operator's kernel for the autograd keys: its outputs can be had, but not differentiated."""
+def _not_differentiable(spec: OpSpec) -> Callable[..., Any]:
+    """``(below, *args) -> below(*args)``: its outputs can be had, but not differentiated."""
 
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        *inputs, keyset = args
-        with torch._C._AutoDispatchBelowAutograd():
-            return tuple(op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs))
+    def forward(ctx: Any, *args_and_below: Any) -> tuple[Tensor, ...]:
+        *args, below = args_and_below
+        return tuple(below(*args))
 
     def backward(ctx: Any, *grads: Any) -> Any:
-        raise NotImplementedError(f'second derivatives of {name}: use backend="eager"')
+        raise NotImplementedError(f'second derivatives of {spec.name}: use backend="eager"')
 
-    kernel = _autograd_kernel(op, forward, backward)
-    return lambda keyset, *args: list(kernel(keyset, *args))
+    autograd = _autograd_function(f"{spec.name}_bwd", forward, backward)
+    return lambda *args: list(autograd(*args))
 
 
-def _autograd_kernel(op: Any, forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:
+def _autograd_function(name: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:
     function: Any = type(
-        op.name(), (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     )
 
-    def kernel(keyset: Any, *args: Any) -> Any:
+    def autograd(below: Callable[..., Any], *args: Any) -> Any:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return function.apply(*args, keyset)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+            return function.apply(*args, below)
+        return below(*args)
 
-    return kernel
+    return autograd
 
 
 def scatter_grads(grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
@@ -100,20 +144,17 @@ def scatter_grads(grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor
 def save_inputs(ctx: Any, kept: Sequence[Tensor | None], inputs: Sequence[Any]) -> None:
     """Keep ``kept`` and every input for :func:`input_gradients`."""
     ctx.num_kept = len(kept)
-    ctx.is_tensor = [isinstance(t, Tensor) for t in inputs]
-    ctx.constants = [None if isinstance(t, Tensor) else t for t in inputs]
-    ctx.save_for_backward(*kept, *(t for t in inputs if isinstance(t, Tensor)))
+    tensors = [t if isinstance(t, Tensor) else None for t in inputs]
+    ctx.constants = [c if t is None else None for t, c in zip(tensors, inputs, strict=True)]
+    ctx.save_for_backward(*kept, *tensors)
 
 
-def input_gradients(
-    ctx: Any, op: Callable[..., list[Tensor]], dout: Tensor, places: Sequence[int]
-) -> list[Tensor | None]:
-    """A gradient or None for every input: ``op(dout, *kept, *inputs, needs, backend)``, ``needs`` for ``places``."""
+def input_gradients(ctx: Any, name: str, dout: Tensor, places: Sequence[int]) -> list[Tensor | None]:
+    """A gradient or None for every input: ``name(dout, *kept, *inputs, needs, backend)``, ``needs`` for ``places``."""
     saved = ctx.saved_tensors  # read once: activation checkpointing computes again at every reading
-    tensors = iter(saved[ctx.num_kept :])
-    inputs = [next(tensors) if is_t else c for is_t, c in zip(ctx.is_tensor, ctx.constants, strict=True)]
+    inputs = [c if t is None else t for t, c in zip(saved[ctx.num_kept :], ctx.constants, strict=True)]
     needs = [ctx.needs_input_grad[i] for i in places]
-    grads = op(dout, *saved[: ctx.num_kept], *inputs, needs, ctx.backend)
+    grads = run(name, dout, *saved[: ctx.num_kept], *inputs, needs, ctx.backend)
     result: list[Tensor | None] = [None] * len(inputs)
     for place, g in zip(places, scatter_grads(grads, needs), strict=True):
         result[place] = g

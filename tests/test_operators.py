@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from samples import DTYPES, samples
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import eva02_kernels
 from eva02_kernels import _native
@@ -344,3 +345,41 @@ def test_importing_starts_no_device_context_and_no_compiler():
         "assert 'torch.utils.cpp_extension' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class _SeenOperators(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def _forward_and_backward():
+    gate = torch.randn(3, 8, requires_grad=True)
+    torch.autograd.grad(eva02_kernels.swiglu(gate, gate.detach()).sum(), gate)
+
+
+def test_modes_and_the_profiler_see_both_operators():
+    with _SeenOperators() as seen:
+        _forward_and_backward()
+    with torch.profiler.profile() as profile:
+        _forward_and_backward()
+    profiled = {event.name for event in profile.events()}
+    for name in ("eva02_kernels::swiglu_fwd", "eva02_kernels::swiglu_bwd"):
+        assert name in seen.names
+        assert name in profiled
+
+
+def test_a_plain_call_goes_around_the_dispatcher(monkeypatch):
+    # A call that went through it would find no operator.
+    monkeypatch.setattr(torch.ops, "eva02_kernels", None)
+    _forward_and_backward()
+
+
+def test_meta_tensors_compute_nothing():
+    out = eva02_kernels.swiglu(torch.empty(3, 8, device="meta"), torch.empty(3, 8, device="meta"))
+    assert out.is_meta
+    assert out.shape == (3, 8)

@@ -26,9 +26,10 @@ How it is measured: every arm sees the same inputs, in one process. Each arm pas
 against the baseline in float64; our operators also run their contract checks); a red gate prints no time. All arms are
 warm before any is timed. A round runs every arm once, in random order, with the garbage collector off; ratios are
 medians of the ratios within a round. The baseline runs twice (arm ".../again"): a ratio inside that spread is no
-result and is marked with ~. First call includes compilation with an empty compiler cache. Peak memory is the growth of
-the process; saved bytes are the distinct storages kept for backward, parameters excluded. Roofline: multiply-add rate
-and copy bandwidth, sampled between the rounds; the best sample is the ceiling.
+result and is marked with ~. malloc keeps freed memory for the next tensor (mallopt), as tcmalloc and jemalloc do: page
+faults would cost every arm more than a small kernel does. First call includes compilation with an empty compiler
+cache. Peak memory is the growth of the process; saved bytes are the distinct storages kept for backward, parameters
+excluded. Roofline: multiply-add rate and copy bandwidth, sampled between the rounds; the best sample is the ceiling.
 With --device cuda: the same random inputs, moved to the GPU. A sample begins and ends with the GPU idle and waits
 nowhere between, so that its calls queue up: ms is the longer of the GPU's time and the host's. host ms is the time
 until one call returns, from an idle GPU: what launching costs. Peak memory is the growth of PyTorch's allocations on

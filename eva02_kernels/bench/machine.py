@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import ctypes
 import datetime
 import functools
 import importlib.metadata
@@ -120,6 +121,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         **_cpu(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None,
+        "freed_memory": "kept" if _keeps_freed_memory else "as malloc decides",
         "load": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
         "threads": torch.get_num_threads(),
         "isa": _native.cpu_isa() if library else f"none: {reason}",
@@ -244,8 +246,28 @@ def share_of_roofline(
     return bounds[name] / seconds, name
 
 
+_keeps_freed_memory = False
+
+
+def keep_freed_memory() -> None:
+    """Make glibc's malloc keep freed memory for the next tensor, as tcmalloc, jemalloc and torch's GPU allocator do.
+
+    By default it gives large blocks back to the system, and each new tensor pays a page fault for every 4 KiB: where
+    those are dear (virtual machines), an operator on 3 MB takes several times as long as its kernel, in every arm, and
+    how long depends on what was freed before. Nothing happens where malloc has no ``mallopt``.
+    """
+    global _keeps_freed_memory
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3
+        for option, size in ((m_mmap_threshold, 2**30), (m_trim_threshold, 2**31 - 1), (m_top_pad, 2**26)):
+            mallopt(option, size)
+        _keeps_freed_memory = True
+
+
 def warm_up_process(device: str = "cpu", rounds: Sequence[int] = (1, 2)) -> None:
-    """Start thread pools and library initialisation, so that no arm's first call pays for them."""
+    """Start thread pools and library initialisation, so that no arm's first call pays for them; keep freed memory."""
+    keep_freed_memory()
     x = torch.randn(64, 64, device=device, requires_grad=True)
     for _ in rounds:
         y = torch.nn.functional.layer_norm(x @ x, (64,))

@@ -161,7 +161,8 @@ def print_environment(env: dict[str, Any], roofline: dict[str, Any] | None) -> N
         print(f"{describe_gpu(env['gpu'])}, TF32: {switches}")
     load = ", ".join(f"{v:.1f}" for v in env["load"] or ())
     print(
-        f"{env['cpu']}, {env['cores']} cores, {env['threads']} threads, load {load}; kernels {env['isa']}, "
+        f"{env['cpu']}, {env['cores']} cores, {env['threads']} threads, load {load}; "
+        f"freed memory {env.get('freed_memory', 'as malloc decides')}; kernels {env['isa']}, "
         f"torch {env['versions']['torch']} {env['torch_isa']}; commit {(env['commit'] or 'none')[:12]}; {env['time']}"
     )
     if roofline:

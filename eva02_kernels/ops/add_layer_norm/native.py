@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from eva02_kernels.ops._common import empty_stats, rows_2d
+from eva02_kernels.ops._common import dense_like, empty_stats, rows_2d
 
 
 def _rows_per_sample(rows: int, row_scale: Tensor | None) -> int:
@@ -27,7 +27,7 @@ def fwd(
     x2 = rows_2d(x)
     rows = x2.shape[0]
     adds = residual is not None or layer_scale is not None or row_scale is not None
-    normed = torch.empty(x.shape, dtype=x.dtype)
+    normed = dense_like(x)
     total = torch.empty(x.shape if adds else 0, dtype=x.dtype)
     mean, rstd = empty_stats(x, 0 if rms else rows), empty_stats(x, rows)
     torch.ops.eva02_kernels_C.add_layer_norm_fwd_cpu.default(
@@ -67,7 +67,7 @@ def bwd(
     total2 = rows_2d(total)
 
     def like(t: Tensor | None, need: bool) -> Tensor | None:
-        return torch.empty(t.shape, dtype=t.dtype) if need and t is not None else None
+        return dense_like(t) if need and t is not None else None
 
     dx = like(total, needs_x)
     # Without scales dx equals dresidual: the kernel writes one and the other is a copy only if both are asked for.

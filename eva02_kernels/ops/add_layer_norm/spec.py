@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eva02_kernels._library import define, eager_gradients, scatter_grads
+from eva02_kernels._library import define, eager_gradients, run, scatter_grads
 from eva02_kernels._registry import OpSpec, Sample
 from eva02_kernels.ops._common import (
     autocast,
@@ -115,8 +115,22 @@ def _backward(ctx: Any, dnormed: Tensor | None, dsum: Tensor | None, *_: None) -
     # Without scales x and residual have one gradient, which is written once.
     same = flags[0] and flags[1] and layer_scale is None and row_scale is None
     needs = [flags[0], flags[1] and not same, flags[2], flags[3], flags[5]]
-    grads = torch.ops.eva02_kernels.add_layer_norm_bwd.default(
-        dnormed, dsum, total, weight, bias, mean, rstd, x, layer_scale, row_scale, ctx.eps, ctx.rms, needs, ctx.backend
+    grads = run(
+        "add_layer_norm_bwd",
+        dnormed,
+        dsum,
+        total,
+        weight,
+        bias,
+        mean,
+        rstd,
+        x,
+        layer_scale,
+        row_scale,
+        ctx.eps,
+        ctx.rms,
+        needs,
+        ctx.backend,
     )
     dx, dresidual, dweight, dbias, dscale = scatter_grads(grads, needs)
     return dx, dx if same else dresidual, dweight, dbias, None, dscale, None, None

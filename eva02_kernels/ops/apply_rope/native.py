@@ -7,19 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eva02_kernels.ops._common import contiguous, last_dense
+from eva02_kernels.ops._common import contiguous, dense_like, last_dense
 
 
 def rotate(x: Tensor, rope: tuple[Any, ...], *, inverse: bool, out: Tensor | None = None) -> Tensor:
     """x (B, S, H, D) rotated, or rotated back; ``out`` may be x itself."""
-    out = torch.empty(x.shape, dtype=x.dtype) if out is None else out
+    out = dense_like(x) if out is None else out
     torch.ops.eva02_kernels_C.apply_rope_fwd_cpu.default(last_dense(x), *contiguous(*rope[:2]), *rope[2:], inverse, out)
     return out
 
 
 def table_gradients(dout: Tensor, x: Tensor, rope: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     """Gradients of a dense table's cosines and sines, given the unrotated x."""
-    dcos, dsin = (torch.empty(t.shape, dtype=t.dtype) for t in rope[:2])
+    dcos, dsin = (dense_like(t) for t in rope[:2])
     torch.ops.eva02_kernels_C.apply_rope_table_grad_cpu.default(
         last_dense(dout), last_dense(x), *contiguous(*rope[:2]), *rope[2:], dcos, dsin
     )

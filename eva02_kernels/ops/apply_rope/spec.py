@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eva02_kernels._library import define, eager_gradients, scatter_grads
+from eva02_kernels._library import define, eager_gradients, run, scatter_grads
 from eva02_kernels._registry import OpSpec, Sample
 from eva02_kernels.ops._common import (
     autocast,
@@ -72,7 +72,7 @@ def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     x, cos, sin, grids, keep_idx = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
     rope = (cos, sin, grids, ctx.grid, ctx.layout, ctx.num_prefix_tokens, keep_idx)
-    grads = torch.ops.eva02_kernels.apply_rope_bwd.default(dout, x, *rope, needs, ctx.backend)
+    grads = run("apply_rope_bwd", dout, x, *rope, needs, ctx.backend)
     return *scatter_grads(grads, needs), None, None, None, None, None
 
 

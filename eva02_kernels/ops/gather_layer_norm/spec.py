@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eva02_kernels._library import define, scatter_grads
+from eva02_kernels._library import define, run, scatter_grads
 from eva02_kernels._registry import OpSpec, Sample
 from eva02_kernels.ops._common import (
     autocast,
@@ -66,7 +66,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, dout: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     flags = ctx.needs_input_grad
     needs = [flags[0], flags[2], flags[3]]
-    grads = torch.ops.eva02_kernels.gather_layer_norm_bwd.default(dout, *ctx.saved_tensors, ctx.eps, needs, ctx.backend)
+    grads = run("gather_layer_norm_bwd", dout, *ctx.saved_tensors, ctx.eps, needs, ctx.backend)
     dx, dweight, dbias = scatter_grads(grads, needs)
     return dx, None, dweight, dbias, None
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eva02_kernels._library import define, scatter_grads
+from eva02_kernels._library import define, run, scatter_grads
 from eva02_kernels._registry import OpSpec, Sample
 from eva02_kernels.ops._common import (
     autocast,
@@ -47,7 +47,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     (idx,) = ctx.saved_tensors
     needs = [ctx.needs_input_grad[0]]
-    grads = torch.ops.eva02_kernels.gather_tokens_bwd.default(dout, idx, *ctx.shape[:2], needs, ctx.backend)
+    grads = run("gather_tokens_bwd", dout, idx, *ctx.shape[:2], needs, ctx.backend)
     return *scatter_grads(grads, needs), None
 
 

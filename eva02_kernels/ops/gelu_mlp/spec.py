@@ -102,7 +102,7 @@ def _fake_bwd(dout: Tensor, *args: Any) -> list[Tensor]:
 
 
 def _backward(ctx: Any, dout: Tensor, *_: None) -> list[Tensor | None]:
-    return input_gradients(ctx, torch.ops.eva02_kernels.gelu_mlp_bwd.default, dout, _PLACES)
+    return input_gradients(ctx, "gelu_mlp_bwd", dout, _PLACES)
 
 
 def _triton_unsupported(direction: str, args: tuple[Any, ...]) -> Sequence[str]:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eva02_kernels._library import define, eager_gradients, scatter_grads
+from eva02_kernels._library import define, eager_gradients, run, scatter_grads
 from eva02_kernels._registry import OpSpec, Sample
 from eva02_kernels.ops._common import (
     autocast,
@@ -64,7 +64,7 @@ def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     needs = [flags[0], flags[1], flags[2], flags[4]]
     grads: list[Tensor | None] = [None] * 4
     if any(needs):
-        found = torch.ops.eva02_kernels.linear_bwd.default(dout, *ctx.saved_tensors, needs, ctx.backend)
+        found = run("linear_bwd", dout, *ctx.saved_tensors, needs, ctx.backend)
         grads = scatter_grads(found, needs)
     dx, dweight, dbias, dscale = grads
     return dx, dweight, dbias, dout if flags[3] else None, dscale, None

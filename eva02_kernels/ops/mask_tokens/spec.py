@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eva02_kernels._library import define, eager_gradients, scatter_grads
+from eva02_kernels._library import define, eager_gradients, run, scatter_grads
 from eva02_kernels._registry import OpSpec, Sample
 from eva02_kernels.ops._common import (
     autocast,
@@ -106,7 +106,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     flags = ctx.needs_input_grad
     needs = [flags[0], flags[2], flags[3], flags[4]]
-    grads = torch.ops.eva02_kernels.mask_tokens_bwd.default(dout, *ctx.saved_tensors, needs, ctx.backend)
+    grads = run("mask_tokens_bwd", dout, *ctx.saved_tensors, needs, ctx.backend)
     dpatches, dmask_token, dpos_embed, dcls_token = scatter_grads(grads, needs)
     return dpatches, None, dmask_token, dpos_embed, dcls_token
 

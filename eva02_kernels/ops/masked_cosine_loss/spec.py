@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eva02_kernels._library import define, scatter_grads
+from eva02_kernels._library import define, run, scatter_grads
 from eva02_kernels._registry import OpSpec, Sample
 from eva02_kernels.ops._common import (
     autocast,
@@ -79,7 +79,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, dloss: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:2])
-    grads = torch.ops.eva02_kernels.masked_cosine_loss_bwd.default(dloss, *ctx.saved_tensors, needs, ctx.backend)
+    grads = run("masked_cosine_loss_bwd", dloss, *ctx.saved_tensors, needs, ctx.backend)
     return *scatter_grads(grads, needs), None
 
 

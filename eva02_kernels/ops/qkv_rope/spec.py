@@ -152,7 +152,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, dqkv: Tensor, *_: None) -> list[Tensor | None]:
-    return input_gradients(ctx, torch.ops.eva02_kernels.qkv_rope_bwd.default, dqkv, _PLACES)
+    return input_gradients(ctx, "qkv_rope_bwd", dqkv, _PLACES)
 
 
 def _triton_unsupported(direction: str, args: tuple[Any, ...]) -> Sequence[str]:

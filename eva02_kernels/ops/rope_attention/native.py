@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eva02_kernels.ops._common import last_dense
+from eva02_kernels.ops._common import dense_like, last_dense
 from eva02_kernels.ops.rope_attention.reference import split_packed
 from eva02_kernels.rope import NUM_ROPE_ARGS
 
@@ -27,7 +27,7 @@ def _kernel_args(args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def fwd(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    out = torch.empty(q.shape, dtype=q.dtype)
+    out = dense_like(q)
     *batch, tokens, heads, _ = q.shape
     lse = torch.empty(*batch, heads, tokens, dtype=torch.float32)
     torch.ops.eva02_kernels_C.rope_attention_fwd_cpu.default(
@@ -54,11 +54,8 @@ def _gradients(
     q_norm, k_norm = args[-3:-1]
     needs_cos, needs_sin, needs_q_norm, needs_k_norm = needs
     # The kernel gives both table gradients in one go.
-    table = [torch.empty(t.shape, dtype=t.dtype) if needs_cos or needs_sin else None for t in (cos, sin)]
-    norms = [
-        torch.empty(t.shape, dtype=t.dtype) if need else None
-        for t, need in ((q_norm, needs_q_norm), (k_norm, needs_k_norm))
-    ]
+    table = [dense_like(t) if needs_cos or needs_sin else None for t in (cos, sin)]
+    norms = [dense_like(t) if need else None for t, need in ((q_norm, needs_q_norm), (k_norm, needs_k_norm))]
     torch.ops.eva02_kernels_C.rope_attention_bwd_cpu.default(
         last_dense(dout),
         *(last_dense(t) for t in qkv),
@@ -74,14 +71,14 @@ def _gradients(
 
 def bwd(dout: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> list[Tensor]:
     *args, needs = args  # type: ignore[assignment]
-    dqkv = [torch.empty(t.shape, dtype=t.dtype) if need else None for t, need in zip((q, k, v), needs, strict=False)]
+    dqkv = [dense_like(t) if need else None for t, need in zip((q, k, v), needs, strict=False)]
     others = _gradients(dout, out, lse, (q, k, v), tuple(args), dqkv, needs[3:])
     return [t for t in dqkv if t is not None] + others
 
 
 def bwd_packed(dout: Tensor, out: Tensor, lse: Tensor, qkv: Tensor, num_kv_heads: int, *args: Any) -> list[Tensor]:
     *args, needs = args  # type: ignore[assignment]
-    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype) if needs[0] else None
+    dqkv = dense_like(qkv) if needs[0] else None
     parts = (None, None, None) if dqkv is None else split_packed(dqkv, num_kv_heads)
     others = _gradients(dout, out, lse, split_packed(qkv, num_kv_heads), tuple(args), parts, needs[1:])
     return ([] if dqkv is None else [dqkv]) + others

@@ -141,7 +141,7 @@ def save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, dout: Tensor, dlse: None) -> list[Tensor | None]:
-    return input_gradients(ctx, torch.ops.eva02_kernels.rope_attention_bwd.default, dout, _PLACES)
+    return input_gradients(ctx, "rope_attention_bwd", dout, _PLACES)
 
 
 def attention_inputs(

@@ -69,7 +69,7 @@ def _fake_bwd(dout: Tensor, out: Tensor, lse: Tensor, qkv: Tensor, num_kv_heads:
 
 
 def _backward(ctx: Any, dout: Tensor, dlse: None) -> list[Tensor | None]:
-    return input_gradients(ctx, torch.ops.eva02_kernels.rope_attention_packed_bwd.default, dout, _PLACES)
+    return input_gradients(ctx, "rope_attention_packed_bwd", dout, _PLACES)
 
 
 def _samples() -> list[Sample]:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eva02_kernels._library import define, scatter_grads
+from eva02_kernels._library import define, run, scatter_grads
 from eva02_kernels._registry import OpSpec, Sample
 from eva02_kernels.ops._common import autocast, check, check_activation, cpu_backend, eager_backend, triton_backend
 from eva02_kernels.ops.gather_tokens import native
@@ -30,7 +30,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     (idx,) = ctx.saved_tensors
     needs = [ctx.needs_input_grad[0]]
-    grads = torch.ops.eva02_kernels.scatter_tokens_bwd.default(dout, idx, needs, ctx.backend)
+    grads = run("scatter_tokens_bwd", dout, idx, needs, ctx.backend)
     return *scatter_grads(grads, needs), None, None, None
 
 

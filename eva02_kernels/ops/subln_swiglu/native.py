@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from eva02_kernels.ops._common import empty_stats, rows_2d
+from eva02_kernels.ops._common import dense_like, empty_stats, rows_2d
 
 
 def fwd(gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     g, u = rows_2d(gate), rows_2d(up)
-    out = torch.empty(gate.shape, dtype=gate.dtype)
+    out = dense_like(gate)
     mean, rstd = empty_stats(gate, g.shape[0]), empty_stats(gate, g.shape[0])
     torch.ops.eva02_kernels_C.subln_swiglu_fwd_cpu.default(
         g, u, weight.contiguous(), bias.contiguous(), eps, out.view(g.shape), mean, rstd
@@ -31,10 +31,7 @@ def bwd(
     eps: float,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    grads = [
-        torch.empty(t.shape, dtype=t.dtype) if need else None
-        for t, need in zip((gate, up, weight, bias), needs, strict=True)
-    ]
+    grads = [dense_like(t) if need else None for t, need in zip((gate, up, weight, bias), needs, strict=True)]
     dgate, dup, dweight, dbias = grads
     g, u = rows_2d(gate), rows_2d(up)
     torch.ops.eva02_kernels_C.subln_swiglu_bwd_cpu.default(

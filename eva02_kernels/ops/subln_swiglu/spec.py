@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eva02_kernels._library import define, scatter_grads
+from eva02_kernels._library import define, run, scatter_grads
 from eva02_kernels._registry import OpSpec, Sample
 from eva02_kernels.ops._common import (
     autocast,
@@ -67,7 +67,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, dout: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:4])
-    grads = torch.ops.eva02_kernels.subln_swiglu_bwd.default(dout, *ctx.saved_tensors, ctx.eps, needs, ctx.backend)
+    grads = run("subln_swiglu_bwd", dout, *ctx.saved_tensors, ctx.eps, needs, ctx.backend)
     return *scatter_grads(grads, needs), None
 
 

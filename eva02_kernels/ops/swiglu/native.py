@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from eva02_kernels.ops._common import halves, rows_2d
+from eva02_kernels.ops._common import dense_like, halves, rows_2d
 
 
 def fwd(gate: Tensor, up: Tensor | None) -> Tensor:
@@ -19,7 +19,7 @@ def fwd(gate: Tensor, up: Tensor | None) -> Tensor:
 
 def bwd(dout: Tensor, gate: Tensor, up: Tensor | None, needs: Sequence[bool]) -> list[Tensor]:
     # One pass gives both gradients; a single one that nobody wants costs a store, not a pass.
-    grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (gate, up) if t is not None]
+    grads = [dense_like(t) for t in (gate, up) if t is not None]
     g, u = halves(gate, up)
     dg, du = halves(grads[0], grads[1] if up is not None else None)
     torch.ops.eva02_kernels_C.swiglu_bwd_cpu.default(rows_2d(dout), g, u, dg, du)

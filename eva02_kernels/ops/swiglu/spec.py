@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eva02_kernels._library import define, scatter_grads
+from eva02_kernels._library import define, run, scatter_grads
 from eva02_kernels._registry import OpSpec, Sample
 from eva02_kernels.ops._common import (
     autocast,
@@ -46,7 +46,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     gate, up = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:2])
-    grads = torch.ops.eva02_kernels.swiglu_bwd.default(dout, gate, up, needs, ctx.backend)
+    grads = run("swiglu_bwd", dout, gate, up, needs, ctx.backend)
     return tuple(scatter_grads(grads, needs))
 
 

@@ -147,7 +147,7 @@ def save_mlp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> N
 
 
 def _backward(ctx: Any, dout: Tensor, *_: None) -> list[Tensor | None]:
-    return input_gradients(ctx, torch.ops.eva02_kernels.swiglu_mlp_bwd.default, dout, _PLACES)
+    return input_gradients(ctx, "swiglu_mlp_bwd", dout, _PLACES)
 
 
 def _triton_unsupported(direction: str, args: tuple[Any, ...]) -> Sequence[str]:
