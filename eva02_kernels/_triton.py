@@ -127,7 +127,7 @@ def _launch_key(kernel: Any, choice: Choice, device: torch.device, args: Sequenc
     """All that a compiled kernel depends on, as Triton specialises: dtypes, 16-byte alignment, integers but those
     marked ``do_not_specialize``, which arguments are None, constants, options and the device.
     """
-    key = [kernel, choice, device.index, target_arch, *constants.values()]
+    key = [kernel, choice, device.index, executing, target_arch, *constants.values()]
     for arg, sized in zip(args, _sized_at_run_time(kernel), strict=False):
         if isinstance(arg, Tensor):
             key.append(arg.dtype)

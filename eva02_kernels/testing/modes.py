@@ -93,16 +93,34 @@ class _Bounds:
 
 
 @contextlib.contextmanager
+def _simulator() -> Iterator[None]:
+    from eva02_kernels.testing import gpusim
+
+    before = _triton.executing, _triton.target_arch
+    with gpusim.driver(80, on_report=lambda report: None):
+        _triton.executing, _triton.target_arch = "simulator", 80
+        try:
+            yield
+        finally:
+            _triton.executing, _triton.target_arch = before
+
+
+@contextlib.contextmanager
 def executing(mode: str) -> Iterator[None]:
     """Inside, the Triton backend takes CPU tensors and runs its kernels on the CPU.
 
     Args:
         mode: ``"interpreter"``: Triton's interpreter executes the kernels' source, and a load or store outside the
             memory of a kernel's tensors raises. Kernels are decorated once, so the process must have been started with
-            ``TRITON_INTERPRET=1``.
+            ``TRITON_INTERPRET=1``. ``"simulator"``: :mod:`eva02_kernels.testing.gpusim` executes the compiled kernels'
+            PTX for compute capability 8.0, with all its checks; errors are its exceptions.
     """
+    if mode == "simulator":
+        with _simulator():
+            yield
+        return
     if mode != "interpreter":
-        raise ValueError(f"mode: expected 'interpreter'; got {mode!r}")
+        raise ValueError(f"mode: expected 'interpreter' or 'simulator'; got {mode!r}")
     from triton import knobs
 
     if not knobs.runtime.interpret:

@@ -115,11 +115,19 @@ def _disassemble(tool: str, option: str, binary: bytes) -> str:
         return subprocess.run([path, option, file], capture_output=True, text=True, check=True).stdout
 
 
-# What the open context does with a launch: Triton keeps launchers with their kernels, beyond the end of a context.
-_on_launch: Callable[..., None]
+OnLaunch = Callable[[Any, Any, bytes, tuple[int, int, int], tuple[Any, ...]], None]
+# What the open context does with a launch, by its key: Triton keeps launchers with their kernels, beyond the end of a
+# context.
+_on_launch: dict[str, OnLaunch] = {}
 
 
-def _driver(arch: int) -> Any:
+def triton_driver(arch: int, on_launch: OnLaunch, key: str) -> Any:
+    """A Triton driver for CPU tensors: kernels are compiled for ``arch``, launches are given to ``on_launch``.
+
+    Args:
+        on_launch: called with Triton's source and metadata, the binary, the grid and all bound arguments.
+        key: names the kind of driver; Triton keeps compiled kernels apart by it and by ``arch``.
+    """
     from triton.backends.compiler import GPUTarget
     from triton.backends.driver import DriverBase
 
@@ -132,7 +140,7 @@ def _driver(arch: int) -> Any:
 
         def __call__(self, x: int, y: int, z: int, stream: int, function: bytes, *rest: Any) -> None:
             # Behind the metadata of the kernel and of the launch and two hooks are the kernel's arguments.
-            _on_launch(self.src, self.metadata, function, (x, y, z), rest[4:])
+            _on_launch[key](self.src, self.metadata, function, (x, y, z), rest[4:])
 
     class Driver(DriverBase):
         launcher_cls = Launcher
@@ -161,8 +169,8 @@ def _driver(arch: int) -> Any:
         def get_benchmarker(self) -> Any:
             return lambda fn, **options: [1.0, 1.0, 1.0]
 
-        def get_current_device(self) -> int:
-            return arch  # Triton keeps compiled kernels by device: one device for each architecture
+        def get_current_device(self) -> Any:
+            return arch if key == "offline" else (key, arch)  # Triton keeps compiled kernels by device
 
         def set_current_device(self, device: int) -> None:
             pass
@@ -170,6 +178,7 @@ def _driver(arch: int) -> Any:
         def get_current_stream(self, device: int) -> int:
             return 0
 
+    _on_launch[key] = on_launch
     return Driver()
 
 
@@ -186,7 +195,6 @@ def compiling(arch: int = 80) -> Iterator[list[Kernel]]:
     if knobs.runtime.interpret:
         raise RuntimeError("compiling: not in a process with TRITON_INTERPRET=1")
     kernels: dict[int, Kernel] = {}
-    global _on_launch
 
     def on_launch(src: Any, metadata: Any, binary: bytes, grid: tuple[int, int, int], args: tuple[Any, ...]) -> None:
         kernel = kernels.get(id(src))
@@ -204,8 +212,7 @@ def compiling(arch: int = 80) -> Iterator[list[Kernel]]:
 
     found: list[Kernel] = []
     before = driver._active, _triton.executing, _triton.target_arch
-    _on_launch = on_launch
-    driver.set_active(_driver(arch))
+    driver.set_active(triton_driver(arch, on_launch, key="offline"))
     _triton.executing, _triton.target_arch = "offline", arch
     try:
         yield found

@@ -1,0 +1,147 @@
+// The Python module eva02_kernels.testing.gpusim._core: programs, launches, and what they found.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <map>
+
+#include "gpusim/machine.h"
+
+namespace py = pybind11;
+using namespace gpusim;
+
+namespace {
+
+py::dict fault_record(const Program& p, const Fault& f) {
+  py::dict d;
+  d["kind"] = f.kind;
+  d["message"] = std::string(f.what());
+  const bool known = f.op < p.ops.size() && p.ops[f.op].source >= 0;
+  const Instruction* in = known ? &p.function.body[static_cast<size_t>(p.ops[f.op].source)] : nullptr;
+  d["line"] = in ? in->line : 0;
+  d["text"] = in ? in->text : "";
+  d["where"] = in ? p.where(f.op) : "";
+  d["cta"] = f.cta;
+  d["thread"] = f.thread;
+  d["address"] = f.address;
+  d["tensor"] = f.region;
+  return d;
+}
+
+py::list unsupported_records(const Program& p) {
+  py::list out;
+  for (const auto& u : p.unsupported) out.append(py::make_tuple(u.line, u.text, u.reason));
+  return out;
+}
+
+Options options_from(const py::dict& d) {
+  Options o;
+  o.seed = d["seed"].cast<u64>();
+  o.order = d["order"].cast<std::string>();
+  o.races = d["races"].cast<bool>();
+  o.strict_races = d["strict_races"].cast<bool>();
+  o.uninit = d["uninit"].cast<bool>();
+  o.uninit_at_load = d["uninit_at_load"].cast<bool>();
+  o.collect = d["collect"].cast<bool>();
+  o.budget = d["budget"].cast<u64>();
+  return o;
+}
+
+// regions: (base, size, host address, name, fresh output?, [(begin, end)])
+py::dict launch(const Program& p, std::array<u32, 3> grid, std::array<u32, 3> block, const py::bytes& params,
+                const py::list& regions, u64 dynamic_shared, const py::dict& options) {
+  Launch run(p);
+  run.grid = grid;
+  run.block = block;
+  const std::string bytes = params;
+  run.params.assign(bytes.begin(), bytes.end());
+  run.params.resize(std::max<size_t>(run.params.size(), p.param_bytes));
+  run.dynamic_shared = dynamic_shared;
+  run.options = options_from(options);
+  for (const auto& item : regions) {
+    const auto t = item.cast<py::tuple>();
+    Region r;
+    r.base = t[0].cast<u64>();
+    r.size = t[1].cast<u64>();
+    r.host = reinterpret_cast<u8*>(t[2].cast<u64>());
+    r.name = t[3].cast<std::string>();
+    if (t[4].cast<bool>()) r.valid.assign(r.size, 0);
+    r.views = t[5].cast<std::vector<std::pair<u64, u64>>>();
+    run.regions.push_back(std::move(r));
+  }
+  {
+    py::gil_scoped_release release;
+    run.run();
+  }
+  py::list faults;
+  for (const Fault& f : run.faults) faults.append(fault_record(p, f));
+  py::list counters;
+  for (const Op& op : p.ops) {
+    const OpCounters& c = run.counters[op.index];
+    if (c.warps == 0 || op.source < 0) continue;
+    const Instruction& in = p.function.body[static_cast<size_t>(op.source)];
+    const bool is_store = in.opcode == "st" || in.opcode == "red";
+    std::string space = "";
+    if (c.bytes) space = c.ideal_wavefronts ? "shared" : "global";
+    counters.append(py::make_tuple(in.line, in.opcode, in.text, p.where(op.index), c.warps, c.lanes, space, is_store, c.bytes,
+                                   c.sectors, c.wavefronts, c.ideal_wavefronts, c.collisions));
+  }
+  py::dict distinct;
+  for (const Region& r : run.regions) {
+    u64 loaded = 0, stored = 0, load_sectors = 0, store_sectors = 0;
+    for (u64 b = 0; b < r.size;) {
+      const u64 end = std::min(r.size, (((r.base + b) / kSector) + 1) * kSector - r.base);
+      u8 any = 0;
+      for (; b < end; ++b) {
+        loaded += r.touched[b] & 1;
+        stored += r.touched[b] >> 1 & 1;
+        any |= r.touched[b];
+      }
+      load_sectors += any & 1;
+      store_sectors += any >> 1 & 1;
+    }
+    distinct[py::str(r.name)] = py::make_tuple(loaded, stored, load_sectors, store_sectors);
+  }
+  py::dict out;
+  out["faults"] = faults;
+  out["counters"] = counters;
+  out["distinct"] = distinct;
+  out["instructions"] = run.instructions;
+  return out;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m) {
+  py::register_exception<PtxError>(m, "PtxError", PyExc_ValueError);
+  py::class_<Program>(m, "Program")
+      .def(py::init<const std::string&, const std::string&>(), py::arg("text"), py::arg("entry"))
+      .def_property_readonly("unsupported", &unsupported_records)
+      .def_property_readonly("params",
+                             [](const Program& p) {
+                               std::vector<std::tuple<std::string, std::string, u64, u64>> out;
+                               for (const auto& v : p.function.params)
+                                 out.emplace_back(v.name, v.type, p.param_offsets.at(v.name), v.bytes);
+                               return out;
+                             })
+      .def_property_readonly("param_bytes", [](const Program& p) { return p.param_bytes; })
+      .def_property_readonly("static_shared", [](const Program& p) { return p.static_shared; })
+      .def_property_readonly("reqntid", [](const Program& p) { return p.function.reqntid; })
+      .def_property_readonly("target", [](const Program& p) { return p.module.target; })
+      .def_property_readonly("synchronises_ctas", [](const Program& p) { return p.synchronises_ctas; })
+      .def("constants",
+           [](const Program& p) {  // module variables in global and constant memory: name, bytes, initial values, constant
+             py::list out;
+             for (const auto& v : p.module.variables)
+               if (v.space == Variable::kGlobal || v.space == Variable::kConst)
+                 out.append(py::make_tuple(v.name, v.bytes, py::bytes(reinterpret_cast<const char*>(v.initial.data()), v.initial.size()),
+                                           v.space == Variable::kConst));
+             return out;
+           });
+  m.def("entries", [](const std::string& text) {
+    std::vector<std::string> names;
+    for (const auto& f : parse(text).functions)
+      if (f.entry) names.push_back(f.name);
+    return names;
+  });
+  m.def("launch", &launch);
+}

@@ -1,0 +1,702 @@
+// Loads, stores, atomics, asynchronous copies and ldmatrix, with the checks on every byte and what they count.
+// Source: PTX ISA 8.8, sections 5 (state spaces), 8 (memory consistency) and 9.7.9 (data movement).
+#include <algorithm>
+
+#include "gpusim/numeric.h"
+
+namespace gpusim {
+
+namespace {
+
+constexpr u8 kWhole = 0xff;
+
+// Addresses of the lanes, and the state space they are in.
+struct Addresses {
+  u64 lane[kLanes];
+  bool shared = false;
+};
+
+std::string hex(u64 v) {
+  char text[32];
+  snprintf(text, sizeof(text), "0x%llx", static_cast<unsigned long long>(v));
+  return text;
+}
+
+bool addresses_of(Warp& w, const Op& op, const Reg& base, u32 mask, Addresses& out) {
+  w.require_valid(op, base, mask, op.wide_address ? 0xff : 0x0f, "an address");
+  if (op.wide_address) {
+    const u64* a = reinterpret_cast<const u64*>(w.file + base.value);
+    for (int l = 0; l < kLanes; ++l) out.lane[l] = a[l] + static_cast<u64>(op.imm);
+  } else {
+    const u32* a = reinterpret_cast<const u32*>(w.file + base.value);
+    for (int l = 0; l < kLanes; ++l) out.lane[l] = static_cast<u32>(a[l] + static_cast<u32>(op.imm));
+  }
+  out.shared = op.space == Space::kShared;
+  if (op.space == Space::kGeneric) {
+    const u64 first = out.lane[std::countr_zero(mask)];
+    out.shared = first >= kSharedWindow;
+    for (int l = 0; l < kLanes; ++l)
+      if (mask >> l & 1 && (out.lane[l] >= kSharedWindow) != out.shared)
+        w.raise(op, l, "unsupported", "unsupported: one generic access to shared and to global memory");
+  }
+  if (out.shared)
+    for (u64& a : out.lane) a &= ~kSharedWindow;
+  return out.shared;
+}
+
+Region* region_of(Launch& launch, u64 address) {
+  const u64 slot = (address >> kGlobalShift) - 1;
+  return slot < launch.regions.size() ? &launch.regions[slot] : nullptr;
+}
+
+// The region that holds [address, address + bytes), or nullptr after a fault.
+Region* checked(Warp& w, const Op& op, int lane, u64 address, u32 bytes, u32 align, const char* verb) {
+  Region* r = region_of(w.cta->launch, address);
+  const u64 offset = r ? address - r->base : 0;
+  auto at = [&] {
+    if (r == nullptr) return std::string("no tensor there");
+    const i64 o = static_cast<i64>(offset);
+    return "byte " + std::to_string(o) + " of " + r->name + ", which has " + std::to_string(r->size);
+  };
+  if (address % align != 0) {
+    w.fault(op, lane, "misaligned", std::string("misaligned ") + verb + " of " + std::to_string(bytes) + " bytes at " +
+                                        hex(address) + " (" + at() + ")", address, r);
+    return nullptr;
+  }
+  bool inside = r != nullptr && offset < r->size && offset + bytes <= r->size;
+  if (inside && !r->views.empty())
+    inside = std::any_of(r->views.begin(), r->views.end(),
+                         [&](const auto& v) { return offset >= v.first && offset + bytes <= v.second; });
+  if (!inside) {
+    w.fault(op, lane, "out of bounds", std::string("out of bounds ") + verb + " of " + std::to_string(bytes) +
+                                           " bytes at " + hex(address) + " (" + at() + ")", address, r);
+    return nullptr;
+  }
+  return r;
+}
+
+bool checked_shared(Warp& w, const Op& op, int lane, u64 offset, u32 bytes, u32 align, const char* verb) {
+  const u64 size = w.cta->shared.size();
+  if (offset % align != 0) {
+    w.fault(op, lane, "misaligned", std::string("misaligned ") + verb + " of " + std::to_string(bytes) +
+                                        " bytes at shared byte " + std::to_string(offset), offset);
+    return false;
+  }
+  if (offset >= size || offset + bytes > size) {
+    w.fault(op, lane, "out of bounds", std::string("out of bounds ") + verb + " of " + std::to_string(bytes) +
+                                           " bytes at shared byte " + std::to_string(offset) + " of " +
+                                           std::to_string(size), offset);
+    return false;
+  }
+  return true;
+}
+
+void count_sectors(OpCounters& c, const Addresses& a, u32 mask, u32 bytes) {
+  u64 seen[2 * kLanes];
+  int n = 0;
+  u64 last = ~0ull;
+  for (int l = 0; l < kLanes; ++l) {
+    if (!(mask >> l & 1)) continue;
+    for (u64 s = a.lane[l] / kSector; s <= (a.lane[l] + bytes - 1) / kSector; ++s) {
+      if (s == last) continue;
+      last = s;
+      bool found = false;
+      for (int i = n - 1; i >= 0 && !found; --i) found = seen[i] == s;
+      if (!found && n < 2 * kLanes) seen[n++] = s;
+    }
+  }
+  c.sectors += static_cast<u64>(n);
+}
+
+// Phases of 32, 16 or 8 lanes; each costs the most distinct words that one bank serves.
+void count_wavefronts(OpCounters& c, const u64* offsets, u32 mask, u32 bytes) {
+  const int lanes = bytes <= 4 ? 32 : bytes <= 8 ? 16 : 8;
+  for (int first = 0; first < kLanes; first += lanes) {
+    const u32 phase = lanes == 32 ? mask : mask >> first & ((1u << lanes) - 1);
+    if (phase == 0) continue;
+    c.ideal_wavefronts += 1;
+    u32 words[kLanes][kLanes];
+    u8 count[kLanes] = {};
+    u32 most = 1;
+    for (int l = 0; l < lanes; ++l) {
+      if (!(phase >> l & 1)) continue;
+      for (u64 word = offsets[first + l] / 4; word <= (offsets[first + l] + bytes - 1) / 4; ++word) {
+        const u32 bank = word & 31;
+        bool found = false;
+        for (int i = 0; i < count[bank] && !found; ++i) found = words[bank][i] == word;
+        if (!found && count[bank] < kLanes) {
+          words[bank][count[bank]++] = static_cast<u32>(word);
+          most = std::max<u32>(most, count[bank]);
+        }
+      }
+    }
+    c.wavefronts += most;
+  }
+}
+
+// Elements of an access in the registers of one lane.
+inline void put_element(Warp& w, const Op& op, int reg, int lane, const u8* bytes) {
+  u64 v = 0;
+  memcpy(&v, bytes, op.width);
+  if (op.sign && op.width < 8) {
+    const int shift = 64 - 8 * op.width;
+    v = static_cast<u64>(static_cast<i64>(v << shift) >> shift);
+  }
+  if (op.wide)
+    w.reg<u64>(op, reg)[lane] = v;
+  else
+    w.reg<u32>(op, reg)[lane] = static_cast<u32>(v);
+}
+
+// Validity of loaded registers: `valid[i][l]` are the valid bytes of element i in lane l.
+void set_loaded(Warp& w, const Op& op, u32 mask, int reg, const u8* valid, bool all) {
+  const Reg& r = op.regs[reg];
+  if (all) return w.set_valid(r, mask);
+  if (!w.partial[r.id]) {
+    w.partial[r.id] = 1;
+    w.valid[r.id].fill(kWhole);
+  }
+  const u8 element = static_cast<u8>((1u << op.width) - 1);
+  w.origin[r.id] = op.index + 1;
+  for (int l = 0; l < kLanes; ++l)
+    if (mask >> l & 1) w.valid[r.id][l] = (valid[l] & element) == element ? kWhole : valid[l] & element;
+}
+
+void follow_read(Warp& w, const Op& op, int lane, Region& r, u64 offset, u32 bytes) {
+  const u32 me = w.cta->linear + 1;
+  for (u64 b = offset; b < offset + bytes; ++b) {
+    r.touched[b] |= 1;
+    if (r.writer.empty()) continue;
+    if (r.writer[b] != 0 && (r.writer[b] != me || op.read_only)) {
+      w.fault(op, lane, "race",
+              op.read_only ? "race: a read-only (.nc) load of bytes that this launch wrote, byte " + std::to_string(b) + " of " + r.name
+                           : "race: byte " + std::to_string(b) + " of " + r.name + " was written by CTA " +
+                                 std::to_string(r.writer[b] - 1) + " and is read by CTA " + std::to_string(me - 1),
+              r.base + b, &r);
+      return;
+    }
+    r.reader[b] = r.reader[b] == 0 || r.reader[b] == me ? me : ~0u;
+  }
+}
+
+void follow_write(Warp& w, const Op& op, int lane, Region& r, u64 offset, const u8* data, u32 bytes) {
+  const u32 me = w.cta->linear + 1;
+  for (u64 b = offset; b < offset + bytes; ++b) {
+    r.touched[b] |= 2;
+    if (!r.valid.empty()) r.valid[b] = 1;
+    if (r.writer.empty()) continue;
+    const bool written = r.writer[b] != 0 && r.writer[b] != me;
+    const bool read = r.reader[b] != 0 && r.reader[b] != me;
+    if (written && r.host[b] == data[b - offset] && !w.cta->launch.options.strict_races) {
+      (*w.counters)[op.index].collisions += 1;
+    } else if (written || read) {
+      w.fault(op, lane, "race", "race: byte " + std::to_string(b) + " of " + r.name + " was " +
+                                    (written ? "written by CTA " + std::to_string(r.writer[b] - 1)
+                                             : "read by another CTA") + " and is written by CTA " + std::to_string(me - 1),
+              r.base + b, &r);
+      return;
+    }
+    r.writer[b] = me;
+  }
+}
+
+u8 valid_bytes(const std::vector<u8>& shadow, u64 offset, u32 bytes) {
+  if (shadow.empty()) return kWhole;
+  u8 bits = 0;
+  for (u32 i = 0; i < bytes; ++i) bits |= static_cast<u8>(shadow[offset + i] != 0) << i;
+  return bits;
+}
+
+void load(Warp& w, const Op& op, u32 mask) {
+  Addresses a;
+  const Reg base = op.regs[op.num_dst];
+  const bool shared = addresses_of(w, op, base, mask, a);
+  const u32 bytes = op.width * op.vector;
+  Cta& cta = *w.cta;
+  OpCounters& c = (*w.counters)[op.index];
+  bool all = true;
+  u8 valid[8][kLanes];
+  for (int l = 0; l < kLanes; ++l) {
+    if (!(mask >> l & 1)) continue;
+    const u8* data = nullptr;
+    const std::vector<u8>* shadow = nullptr;
+    u64 offset = 0;
+    // Bytes that the compiler says are not used are not accessed: the load may reach beyond the tensor there.
+    u64 begin = 0, end = bytes;
+    if (op.used_bytes != ~0ull) {
+      const u64 used = op.used_bytes & (bytes >= 64 ? ~0ull : (1ull << bytes) - 1);
+      begin = used ? static_cast<u64>(std::countr_zero(used)) : 0;
+      end = used ? 64 - static_cast<u64>(std::countl_zero(used)) : 0;
+    }
+    const u32 span = static_cast<u32>(end - begin);
+    if (shared) {
+      offset = a.lane[l];
+      if (!checked_shared(w, op, l, offset, bytes, bytes, "load")) {
+        mask &= ~(1u << l);
+        continue;
+      }
+      data = cta.shared.data() + offset;
+      shadow = &cta.shared_valid;
+      cta.read_shared(w, op, l, static_cast<u32>(offset), bytes);
+    } else {
+      if (span == 0) continue;
+      const bool aligned = a.lane[l] % bytes == 0;
+      Region* r = aligned && span < bytes ? checked(w, op, l, a.lane[l] + begin, span, 1, "load")
+                                          : checked(w, op, l, a.lane[l], bytes, bytes, "load");
+      if (r == nullptr) {
+        mask &= ~(1u << l);
+        continue;
+      }
+      offset = a.lane[l] - r->base;
+      data = r->host + offset;
+      shadow = &r->valid;
+      follow_read(w, op, l, *r, offset + begin, span);
+    }
+    for (int i = 0; i < op.vector; ++i) {
+      const u32 at = static_cast<u32>(i) * op.width;
+      if (at + op.width <= begin || at >= end) {  // not used: no bytes there
+        const u8 zero[8] = {};
+        put_element(w, op, i, l, zero);
+        valid[i][l] = 0;
+        all = false;
+        continue;
+      }
+      put_element(w, op, i, l, data + at);
+      valid[i][l] = valid_bytes(*shadow, offset + at, op.width);
+      const u8 element = op.width == 8 ? kWhole : static_cast<u8>((1u << op.width) - 1);
+      if ((valid[i][l] & element) != element) {
+        all = false;
+        if (cta.launch.options.uninit_at_load && op.used_bytes == ~0ull)
+          w.fault(op, l, "uninitialised", "uninitialised bytes are loaded", a.lane[l]);
+      }
+    }
+  }
+  c.bytes += static_cast<u64>(std::popcount(mask)) * bytes;
+  if (shared)
+    count_wavefronts(c, a.lane, mask, bytes);
+  else
+    count_sectors(c, a, mask, bytes);
+  for (int i = 0; i < op.vector; ++i) set_loaded(w, op, mask, i, valid[i], all);
+}
+
+void store(Warp& w, const Op& op, u32 mask) {
+  Addresses a;
+  const bool shared = addresses_of(w, op, op.regs[0], mask, a);
+  const u32 bytes = op.width * op.vector;
+  Cta& cta = *w.cta;
+  OpCounters& c = (*w.counters)[op.index];
+  const u8 element = op.width == 8 ? kWhole : static_cast<u8>((1u << op.width) - 1);
+  if (!shared)
+    for (int i = 0; i < op.vector; ++i)
+      w.require_valid(op, op.regs[1 + i], mask, element, "a store to global memory");
+  for (int l = 0; l < kLanes; ++l) {
+    if (!(mask >> l & 1)) continue;
+    u8 data[32];
+    for (int i = 0; i < op.vector; ++i) {
+      if (op.wide)
+        memcpy(data + i * op.width, &w.reg<u64>(op, 1 + i)[l], op.width);
+      else
+        memcpy(data + i * op.width, &w.reg<u32>(op, 1 + i)[l], op.width);
+    }
+    if (shared) {
+      const u64 offset = a.lane[l];
+      if (!checked_shared(w, op, l, offset, bytes, bytes, "store")) {
+        mask &= ~(1u << l);
+        continue;
+      }
+      cta.write_shared(w, op, l, static_cast<u32>(offset), bytes);
+      memcpy(cta.shared.data() + offset, data, bytes);
+      for (int i = 0; i < op.vector; ++i) {
+        const Reg& r = op.regs[1 + i];
+        const u8 bits = w.partial[r.id] ? w.valid[r.id][l] : kWhole;
+        for (u32 b = 0; b < op.width; ++b) cta.shared_valid[offset + i * op.width + b] = bits >> b & 1;
+      }
+    } else {
+      Region* r = checked(w, op, l, a.lane[l], bytes, bytes, "store");
+      if (r != nullptr && r->constant) {
+        w.fault(op, l, "out of bounds", "out of bounds: a store to constant memory, " + r->name, a.lane[l], r);
+        r = nullptr;
+      }
+      if (r == nullptr) {
+        mask &= ~(1u << l);
+        continue;
+      }
+      const u64 offset = a.lane[l] - r->base;
+      follow_write(w, op, l, *r, offset, data, bytes);
+      memcpy(r->host + offset, data, bytes);
+    }
+  }
+  c.bytes += static_cast<u64>(std::popcount(mask)) * bytes;
+  if (shared)
+    count_wavefronts(c, a.lane, mask, bytes);
+  else
+    count_sectors(c, a, mask, bytes);
+}
+
+void load_param(Warp& w, const Op& op, u32 mask) {
+  const u8* params = w.cta->launch.params.data() + op.imm;
+  for (int i = 0; i < op.vector; ++i) {
+    for (int l = 0; l < kLanes; ++l)
+      if (mask >> l & 1) put_element(w, op, i, l, params + i * op.width);
+    w.set_valid(op.regs[i], mask);
+  }
+}
+
+// ---- atomics
+template <class T>
+void atomic(Warp& w, const Op& op, u32 mask) {
+  // regs: [result,] address, a [, b]
+  Addresses a;
+  const Reg* src = op.regs + op.num_dst;
+  const bool shared = addresses_of(w, op, src[0], mask, a);
+  for (int i = 1; i < op.num_src; ++i)
+    w.require_valid(op, src[i], mask, sizeof(T) == 8 ? kWhole : static_cast<u8>((1u << sizeof(T)) - 1), "an atomic operation");
+  const auto apply = reinterpret_cast<T (*)(T, T, T)>(op.used_bytes);
+  Cta& cta = *w.cta;
+  OpCounters& c = (*w.counters)[op.index];
+  using Lane = std::conditional_t<sizeof(T) == 8, u64, u32>;
+  for (int l = 0; l < kLanes; ++l) {
+    if (!(mask >> l & 1)) continue;
+    u8* data;
+    if (shared) {
+      if (!checked_shared(w, op, l, a.lane[l], sizeof(T), sizeof(T), "atomic operation")) continue;
+      data = cta.shared.data() + a.lane[l];
+      if (valid_bytes(cta.shared_valid, a.lane[l], sizeof(T)) != (sizeof(T) == 8 ? kWhole : (1u << sizeof(T)) - 1))
+        w.fault(op, l, "uninitialised", "uninitialised shared memory is updated by an atomic operation", a.lane[l]);
+    } else {
+      Region* r = checked(w, op, l, a.lane[l], sizeof(T), sizeof(T), "atomic operation");
+      if (r == nullptr) continue;
+      const u64 offset = a.lane[l] - r->base;
+      data = r->host + offset;
+      for (u32 b = 0; b < sizeof(T); ++b) r->touched[offset + b] |= 3;
+    }
+    Lane va = 0, vb = 0;
+    memcpy(&va, w.file + src[1].value + sizeof(Lane) * l, sizeof(Lane));
+    if (op.num_src > 2) memcpy(&vb, w.file + src[2].value + sizeof(Lane) * l, sizeof(Lane));
+    T old, ta, tb;
+    memcpy(&old, data, sizeof(T));
+    memcpy(&ta, &va, sizeof(T));
+    memcpy(&tb, &vb, sizeof(T));
+    const T fresh = apply(old, ta, tb);
+    memcpy(data, &fresh, sizeof(T));
+    if (op.num_dst) {
+      Lane lane = 0;
+      memcpy(&lane, &old, sizeof(T));
+      memcpy(w.file + op.regs[0].value + sizeof(Lane) * l, &lane, sizeof(Lane));
+    }
+  }
+  if (op.num_dst) w.set_valid(op.regs[0], mask);
+  c.bytes += static_cast<u64>(std::popcount(mask)) * sizeof(T);
+  if (!shared) count_sectors(c, a, mask, sizeof(T));
+}
+
+template <class T, class F>
+void set_atomic(Op& op, F) {
+  op.exec = &atomic<T>;
+  // The function travels in a field that atomics do not use.
+  op.used_bytes = reinterpret_cast<u64>(static_cast<T (*)(T, T, T)>([](T old, T a, T b) { return F{}(old, a, b); }));
+}
+
+template <class T>
+bool integer_atomic(Op& op, const std::string& what) {
+  using U = std::make_unsigned_t<T>;
+  if (what == "add") set_atomic<T>(op, [](T o, T a, T) { return static_cast<T>(static_cast<U>(o) + static_cast<U>(a)); });
+  else if (what == "min") set_atomic<T>(op, [](T o, T a, T) { return std::min(o, a); });
+  else if (what == "max") set_atomic<T>(op, [](T o, T a, T) { return std::max(o, a); });
+  else if (what == "and") set_atomic<T>(op, [](T o, T a, T) { return static_cast<T>(o & a); });
+  else if (what == "or") set_atomic<T>(op, [](T o, T a, T) { return static_cast<T>(o | a); });
+  else if (what == "xor") set_atomic<T>(op, [](T o, T a, T) { return static_cast<T>(o ^ a); });
+  else if (what == "exch") set_atomic<T>(op, [](T, T a, T) { return a; });
+  else if (what == "cas") set_atomic<T>(op, [](T o, T a, T b) { return o == a ? b : o; });
+  else if (what == "inc") set_atomic<T>(op, [](T o, T a, T) { return static_cast<U>(o) >= static_cast<U>(a) ? T{0} : static_cast<T>(o + 1); });
+  else if (what == "dec") set_atomic<T>(op, [](T o, T a, T) { return o == 0 || static_cast<U>(o) > static_cast<U>(a) ? a : static_cast<T>(o - 1); });
+  else return false;
+  return true;
+}
+
+bool set_atomic_of(Op& op, const std::string& what, const std::string& type) {
+  if (type == "u32" || type == "b32") return integer_atomic<u32>(op, what);
+  if (type == "s32") return integer_atomic<i32>(op, what);
+  if (type == "u64" || type == "b64") return integer_atomic<u64>(op, what);
+  if (type == "s64") return integer_atomic<i64>(op, what);
+  if (type == "b16" && (what == "cas" || what == "exch")) return integer_atomic<u16>(op, what);
+  if (what != "add") return false;
+  if (type == "f32") set_atomic<float>(op, [](float o, float a, float) { return canonical(o + a); });
+  else if (type == "f64") set_atomic<double>(op, [](double o, double a, double) { return canonical(o + a); });
+  else if (type == "f16") set_atomic<u16>(op, [](u16 o, u16 a, u16) { return f16_bits(static_cast<double>(to_float(f16{o})) + to_float(f16{a})); });
+  else if (type == "bf16") set_atomic<u16>(op, [](u16 o, u16 a, u16) { return bf16_bits(static_cast<double>(to_float(bf16{o})) + to_float(bf16{a})); });
+  else return false;
+  return true;
+}
+
+// ---- asynchronous copies: read at issue, written when the issuer waits
+void async_copy(Warp& w, const Op& op, u32 mask) {
+  // regs: shared address, global address [, bytes to read]; imm: bytes
+  Addresses to, from;
+  Op shared_side = op;
+  shared_side.space = Space::kShared;
+  shared_side.wide_address = op.sign;  // whether the shared address is 64 bits wide
+  shared_side.imm = static_cast<i64>(static_cast<i32>(op.used_bytes));
+  addresses_of(w, shared_side, op.regs[0], mask, to);
+  Op global_side = op;
+  global_side.imm = static_cast<i64>(static_cast<i32>(op.used_bytes >> 32));
+  addresses_of(w, global_side, op.regs[1], mask, from);
+  const u32 bytes = static_cast<u32>(op.imm);
+  u32 reading = 0;
+  Cta& cta = *w.cta;
+  if (op.num_src > 2) w.require_valid(op, op.regs[2], mask, 0x0f, "an asynchronous copy's size");
+  OpCounters& c = (*w.counters)[op.index];
+  for (int l = 0; l < kLanes; ++l) {
+    if (!(mask >> l & 1)) continue;
+    if (!checked_shared(w, op, l, to.lane[l], bytes, bytes, "asynchronous copy")) continue;
+    const u32 size = op.num_src > 2 ? std::min(w.reg<u32>(op, 2)[l], bytes) : bytes;
+    PendingCopy copy{.shared = static_cast<u32>(to.lane[l]), .bytes = static_cast<u8>(bytes), .lane = static_cast<u8>(l),
+                     .group = w.copy_groups[l], .data = {}, .valid = {}};
+    copy.valid.fill(1);
+    if (size > 0) {
+      Region* r = checked(w, op, l, from.lane[l], size, bytes, "asynchronous copy");
+      if (r == nullptr) continue;
+      const u64 offset = from.lane[l] - r->base;
+      follow_read(w, op, l, *r, offset, size);
+      memcpy(copy.data.data(), r->host + offset, size);
+      if (!r->valid.empty()) memcpy(copy.valid.data(), r->valid.data() + offset, size);
+      reading |= 1u << l;
+      c.bytes += size;
+    }
+    // Nobody may use these bytes from now until the wait, and a barrier for other threads.
+    cta.write_shared(w, op, l, copy.shared, bytes);
+    for (u32 b = 0; b < bytes; ++b) cta.in_flight[copy.shared + b] += 1;
+    w.copies.push_back(copy);
+  }
+  count_sectors(c, from, reading, bytes);
+}
+
+void commit_group(Warp& w, const Op&, u32 mask) {
+  for (int l = 0; l < kLanes; ++l) w.copy_groups[l] += mask >> l & 1;
+}
+
+// ---- ldmatrix
+void load_matrix(Warp& w, const Op& op, u32 mask) {
+  if (mask != kAllLanes) w.raise(op, std::countr_zero(~mask), "barrier", "barrier divergence: ldmatrix without all lanes of the warp");
+  const int count = op.vector;
+  Addresses a;
+  Op shared_side = op;
+  shared_side.space = Space::kShared;
+  const u32 used = count == 4 ? kAllLanes : (1u << (8 * count)) - 1;
+  addresses_of(w, shared_side, op.regs[op.num_dst], used, a);
+  Cta& cta = *w.cta;
+  OpCounters& c = (*w.counters)[op.index];
+  for (int l = 0; l < 8 * count; ++l) {
+    if (!checked_shared(w, op, l, a.lane[l], 16, 16, "ldmatrix")) return;
+    cta.read_shared(w, op, l, static_cast<u32>(a.lane[l]), 16);
+  }
+  for (int m = 0; m < count; ++m) {
+    c.ideal_wavefronts += 1;
+    u64 rows[kLanes] = {};
+    for (int i = 0; i < 8; ++i) rows[i] = a.lane[8 * m + i];
+    OpCounters one;
+    count_wavefronts(one, rows, 0xff, 16);
+    c.wavefronts += one.wavefronts;
+    c.bytes += 128;
+    bool all = true;
+    u8 valid[kLanes];
+    for (int l = 0; l < kLanes; ++l) {
+      u32 v = 0;
+      u8 bits = 0;
+      for (int h = 0; h < 2; ++h) {
+        const int row = op.sign ? 2 * (l % 4) + h : l / 4, column = op.sign ? l / 4 : 2 * (l % 4) + h;
+        const u64 at = rows[row] + 2 * static_cast<u64>(column);
+        u16 e;
+        memcpy(&e, cta.shared.data() + at, 2);
+        v |= static_cast<u32>(e) << (16 * h);
+        bits |= static_cast<u8>(valid_bytes(cta.shared_valid, at, 2) << (2 * h));
+      }
+      w.reg<u32>(op, m)[l] = v;
+      valid[l] = bits;
+      all = all && bits == 0x0f;
+    }
+    Op element = op;
+    element.width = 4;
+    set_loaded(w, element, kAllLanes, m, valid, all);
+  }
+}
+
+Space space_of(const Instruction& in) {
+  for (const auto& m : in.modifiers) {
+    if (m == "global") return Space::kGlobal;
+    if (m == "shared" || m == "shared::cta") return Space::kShared;
+    if (m == "const") return Space::kConst;
+    if (m == "param" || m == "param::entry") return Space::kParam;
+    if (m == "local") return Space::kLocal;
+  }
+  return Space::kGeneric;
+}
+
+bool synchronises(const Instruction& in) {
+  return in.has("acquire") || in.has("release") || in.has("acq_rel") || in.has("volatile") || in.has("relaxed");
+}
+
+void decode_access(Decoder& d, const Instruction& in, Op& op, bool is_load) {
+  const std::string type = in.last();
+  const int bytes = type_bytes(type);
+  if (bytes <= 0 || bytes > 8) Decoder::fail("access of type ." + type);
+  op.width = static_cast<u8>(bytes);
+  op.vector = in.has("v8") ? 8 : in.has("v4") ? 4 : in.has("v2") ? 2 : 1;
+  op.space = space_of(in);
+  op.sign = type[0] == 's';
+  op.read_only = in.has("nc");
+  if (op.space == Space::kLocal) Decoder::fail("local memory");
+  if (synchronises(in) && (op.space == Space::kGlobal || op.space == Space::kGeneric)) d.program().synchronises_ctas = true;
+  const size_t data = is_load ? 0 : 1, where = is_load ? 1 : 0;
+  const size_t expected = in.has("L2::cache_hint") ? 3 : 2;
+  d.expect_operands(in, expected);
+  const Operand& values = in.operands[data];
+  std::vector<Operand> list = values.kind == Operand::kVector ? values.list : std::vector<Operand>{values};
+  if (list.size() != op.vector) Decoder::fail("a vector of " + std::to_string(list.size()) + " for .v" + std::to_string(op.vector));
+  std::vector<Reg> regs;
+  bool first = true;
+  for (const auto& o : list) {
+    const bool named = o.kind == Operand::kName && o.name != "_" && d.is_register(o.name);
+    const bool wide = named ? d.is_wide(o.name) : bytes == 8;
+    if (first) op.wide = wide;
+    if (wide != op.wide) Decoder::fail("registers of different widths in one vector");
+    first = false;
+    regs.push_back(is_load ? d.result(o, type, true) : d.source(o, type, true));
+  }
+  if (op.space == Space::kParam) {
+    if (!is_load) Decoder::fail("st.param");
+    const Operand& a = in.operands[1];
+    const auto it = d.program().param_offsets.find(a.name);
+    if (a.kind != Operand::kAddress || it == d.program().param_offsets.end()) Decoder::fail("ld.param of an unknown parameter");
+    op.imm = static_cast<i64>(it->second) + a.offset;
+    if (op.imm < 0 || op.imm + bytes * op.vector > static_cast<i64>(d.program().param_bytes)) Decoder::fail("ld.param beyond the parameters");
+    d.set(op, regs, {});
+    op.exec = &load_param;
+    op.rule = Rule::kOwn;
+    return;
+  }
+  bool wide = true;
+  const Reg base = d.address_base(in.operands[where], wide, op.space);
+  op.wide_address = wide;
+  op.imm = in.operands[where].offset;
+  if (is_load) {
+    d.set(op, regs, {base});
+    op.exec = &load;
+  } else {
+    std::vector<Reg> src = {base};
+    src.insert(src.end(), regs.begin(), regs.end());
+    d.set(op, {}, src);
+    op.exec = &store;
+  }
+  op.rule = Rule::kOwn;
+}
+
+void decode_atomic(Decoder& d, const Instruction& in, Op& op, bool has_result) {
+  static const std::vector<std::string> names = {"add", "min", "max", "and", "or", "xor", "exch", "cas", "inc", "dec"};
+  std::string what;
+  for (const auto& n : names)
+    if (in.has(n.c_str())) what = n;
+  const std::string type = in.last();
+  if (what.empty() || !set_atomic_of(op, what, type)) Decoder::fail("atomic ." + what + " of type ." + type);
+  op.space = space_of(in);
+  op.width = static_cast<u8>(type_bytes(type));
+  op.atomic = true;
+  if (op.space != Space::kShared) d.program().synchronises_ctas = true;
+  const size_t at = has_result ? 1 : 0;
+  d.expect_operands(in, at + (what == "cas" ? 3 : 2));
+  bool wide = true;
+  std::vector<Reg> src = {d.address_base(in.operands[at], wide, op.space)};
+  op.wide_address = wide;
+  op.imm = in.operands[at].offset;
+  for (size_t i = at + 1; i < in.operands.size(); ++i) src.push_back(d.source(in.operands[i], type));
+  std::vector<Reg> dst;
+  if (has_result) dst.push_back(d.result(in.operands[0], type));
+  d.set(op, dst, src);
+  op.rule = Rule::kOwn;
+}
+
+void decode_async(Decoder& d, const Instruction& in, Op& op) {
+  op.rule = Rule::kOwn;
+  if (in.has("commit_group")) {
+    op.exec = &commit_group;
+    d.set(op, {}, {});
+    return;
+  }
+  if (in.has("wait_group") || in.has("wait_all")) {
+    if (in.has("wait_group")) {
+      d.expect_operands(in, 1);
+      op.imm = static_cast<i64>(in.operands[0].bits);
+    } else {
+      op.imm = -1;
+    }
+    op.exec = [](Warp& w, const Op& o, u32 mask) { w.wait_copies(mask, static_cast<u32>(o.imm)); };
+    d.set(op, {}, {});
+    return;
+  }
+  if (in.has("mbarrier") || in.has("bulk")) Decoder::fail("cp.async with mbarrier or bulk");
+  if (in.operands.size() < 3 || in.operands.size() > 4) Decoder::fail("cp.async with " + std::to_string(in.operands.size()) + " operands");
+  op.imm = static_cast<i64>(in.operands[2].bits);
+  if (op.imm != 4 && op.imm != 8 && op.imm != 16) Decoder::fail("cp.async of other than 4, 8 or 16 bytes");
+  bool wide_to = true, wide_from = true;
+  std::vector<Reg> src = {d.address_base(in.operands[0], wide_to, Space::kShared),
+                          d.address_base(in.operands[1], wide_from, Space::kGlobal)};
+  if (in.operands.size() == 4) {
+    const Operand& o = in.operands[3];
+    if (o.kind == Operand::kName && d.is_register(o.name) && d.type_of(o.name) == "pred") Decoder::fail("cp.async with ignore-src");
+    src.push_back(d.source(o, "u32"));
+  }
+  op.sign = wide_to;
+  op.wide_address = wide_from;
+  op.space = Space::kGlobal;
+  op.used_bytes = static_cast<u32>(in.operands[0].offset) | static_cast<u64>(static_cast<u32>(in.operands[1].offset)) << 32;
+  d.set(op, {}, src);
+  op.exec = &async_copy;
+}
+
+}  // namespace
+
+bool decode_memory(Decoder& d, const Instruction& in, Op& op) {
+  const std::string& o = in.opcode;
+  if (o == "ld" || o == "ldu") {
+    decode_access(d, in, op, true);
+  } else if (o == "st") {
+    decode_access(d, in, op, false);
+  } else if (o == "atom") {
+    decode_atomic(d, in, op, true);
+  } else if (o == "red") {
+    decode_atomic(d, in, op, false);
+  } else if (o == "cp") {
+    if (!in.has("async")) return false;
+    decode_async(d, in, op);
+  } else if (o == "ldmatrix") {
+    op.vector = in.has("x4") ? 4 : in.has("x2") ? 2 : 1;
+    if (!in.has("m8n8") || in.last() != "b16") return false;
+    op.sign = in.has("trans");
+    d.expect_operands(in, 2);
+    const Operand& to = in.operands[0];
+    std::vector<Operand> list = to.kind == Operand::kVector ? to.list : std::vector<Operand>{to};
+    if (list.size() != op.vector) Decoder::fail("ldmatrix with " + std::to_string(list.size()) + " results");
+    std::vector<Reg> dst;
+    for (const auto& r : list) dst.push_back(d.result(r, "b32"));
+    bool wide = true;
+    const Reg base = d.address_base(in.operands[1], wide, Space::kShared);
+    op.wide_address = wide;
+    op.imm = in.operands[1].offset;
+    d.set(op, dst, {base});
+    op.exec = &load_matrix;
+    op.rule = Rule::kOwn;
+  } else if (o == "prefetch" || o == "prefetchu" || o == "discard" || o == "applypriority") {
+    d.set(op, {}, {});
+    op.exec = [](Warp&, const Op&, u32) {};
+    op.rule = Rule::kOwn;
+  } else if (o == "createpolicy") {
+    d.set(op, {d.result(in.operands.at(0), "b64")}, {});
+    op.exec = [](Warp& w, const Op& p, u32 mask) { w.set_valid(p.regs[0], mask); };
+    op.rule = Rule::kOwn;
+  } else {
+    return false;
+  }
+  return true;
+}
+
+}  // namespace gpusim

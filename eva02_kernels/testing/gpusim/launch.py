@@ -1,0 +1,164 @@
+"""Launches: tensors get simulated addresses, parameters are packed, the core runs, faults become exceptions."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from eva02_kernels.testing.gpusim.errors import error_of
+from eva02_kernels.testing.gpusim.options import Options, current
+from eva02_kernels.testing.gpusim.report import Report, report_of
+
+_SLOT = 1 << 32  # storages are this far apart, so that an access beyond one never reaches another
+
+
+@functools.cache
+def core() -> Any:
+    """The compiled core, or an error that says how to build it."""
+    try:
+        from eva02_kernels.testing.gpusim import _core  # type: ignore[attr-defined]
+    except ImportError as error:
+        raise ImportError(
+            f"eva02_kernels.testing.gpusim needs its compiled core ({error}): run `make gpusim` in a source tree"
+        ) from None
+    return _core
+
+
+@functools.lru_cache(maxsize=512)
+def program(ptx: str, entry: str) -> Any:
+    """The decoded kernel."""
+    return core().Program(ptx, entry)
+
+
+def check(ptx: str) -> list[tuple[int, str, str]]:
+    """Every unsupported instruction of every kernel in ``ptx``: (line, text, reason). Nothing is run.
+
+    Raises ValueError for text that is not PTX.
+    """
+    found = {item for entry in core().entries(ptx) for item in program(ptx, entry).unsupported}
+    return sorted(found)
+
+
+class Mapping(NamedTuple):
+    """The simulated address space of a launch."""
+
+    regions: list[tuple[int, int, int, str, bool, list[tuple[int, int]]]]
+    address: Callable[[torch.Tensor], int]
+
+
+def _rows(tensor: torch.Tensor) -> list[tuple[int, int]]:
+    """Byte ranges of the storage that a view covers, adjacent ones joined."""
+    size = tensor.element_size()
+    ranges = [(tensor.storage_offset() * size, tensor.storage_offset() * size + size)]
+    if tensor.numel() == 0:
+        return []
+    for n, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda item: item[1]):
+        if len(ranges) == 1 and stride * size <= ranges[0][1] - ranges[0][0]:
+            ranges = [(ranges[0][0], ranges[0][1] + (n - 1) * stride * size)]
+        else:
+            ranges = [(a + i * stride * size, b + i * stride * size) for i in range(n) for a, b in ranges]
+    return ranges
+
+
+def map_tensors(tensors: Sequence[tuple[str, torch.Tensor]], options: Options, first_slot: int = 1) -> Mapping:
+    """One region for each distinct storage, in the order of the tensors."""
+    outputs = {t.untyped_storage().data_ptr() for t in options.outputs}
+    regions: dict[int, list[Any]] = {}
+    for name, tensor in tensors:
+        if tensor.device.type != "cpu":
+            raise ValueError(f"{name}: expected a CPU tensor, got one on {tensor.device}")
+        storage = tensor.untyped_storage()
+        key = storage.data_ptr()
+        if storage.nbytes() >= _SLOT:
+            raise ValueError(f"{name}: expected a storage below 4 GiB, got {storage.nbytes()} bytes")
+        if key not in regions:
+            base = (first_slot + len(regions)) * _SLOT + key % 512
+            regions[key] = [base, storage.nbytes(), key, name, key in outputs, []]
+        else:
+            regions[key][3] += f"/{name}"
+        if options.bounds == "view":
+            regions[key][5] += _rows(tensor)
+
+    def address(tensor: torch.Tensor) -> int:
+        region = regions[tensor.untyped_storage().data_ptr()]
+        return region[0] + tensor.data_ptr() - region[2]
+
+    return Mapping([tuple(r) for r in regions.values()], address)  # type: ignore[misc]
+
+
+_FORMATS = {"f32": "f", "f64": "d"}
+
+
+def _pack(name: str, ptx_type: str, size: int, value: Any, address: Callable[[torch.Tensor], int]) -> bytes:
+    if isinstance(value, bytes):
+        if len(value) != size:
+            raise ValueError(f"{name}: expected {size} bytes, got {len(value)}")
+        return value
+    if isinstance(value, torch.Tensor):
+        value = address(value)
+    if isinstance(value, float):
+        if ptx_type not in _FORMATS:
+            raise ValueError(f"{name}: expected an integer for .{ptx_type}, got {value!r}")
+        return struct.pack("<" + _FORMATS[ptx_type], value)
+    if ptx_type in _FORMATS:
+        return struct.pack("<" + _FORMATS[ptx_type], float(value))
+    return (int(value) % (1 << (8 * size))).to_bytes(size, "little")
+
+
+def run_ptx(
+    ptx: str,
+    entry_name: str,
+    *,
+    grid: tuple[int, int, int],
+    block: tuple[int, int, int],
+    args: Sequence[Any],
+    shared_bytes: int = 0,
+    names: Sequence[str] | None = None,
+) -> Report:
+    """Run one kernel of PTX text over CPU tensors, which are written in place.
+
+    Args:
+        ptx: text of a module.
+        entry_name: its kernel.
+        grid, block: CTAs and threads, three numbers each.
+        args: one for each .param: a tensor (its address), int, float, or bytes for a structure.
+        shared_bytes: dynamic shared memory.
+        names: what messages call the arguments (default: the .param names).
+
+    Raises: a :class:`SimulationError` for the first fault (unless ``on_error="collect"``); ValueError for malformed
+        text and arguments that do not fit the parameters.
+    """
+    opts = current()
+    kernel = program(ptx, entry_name)
+    params = kernel.params
+    if len(args) != len(params):
+        raise ValueError(f"args: {entry_name} has {len(params)} parameters, got {len(args)}")
+    if kernel.unsupported and opts.on_error == "raise":
+        line, text, reason = kernel.unsupported[0]
+        message = f"unsupported instruction ({reason}), one of {len(kernel.unsupported)}"
+        record = {"kind": "unsupported", "message": message, "line": line, "text": text, "where": f"line {line}",
+                  "cta": (0, 0, 0), "thread": (0, 0, 0), "address": 0, "tensor": ""}  # fmt: skip
+        raise error_of(entry_name, record)
+    labels = list(names) if names is not None else [name for name, *_ in params]
+    tensors = [(label, a) for label, a in zip(labels, args, strict=True) if isinstance(a, torch.Tensor)]
+    mapping = map_tensors(tensors, opts)
+    buffer = bytearray(kernel.param_bytes)
+    for label, (_, ptx_type, offset, size), value in zip(labels, params, args, strict=True):
+        buffer[offset : offset + size] = _pack(label, ptx_type, size, value, mapping.address)
+    regions = list(mapping.regions)
+    keep_alive = []
+    for name, size, initial, _ in kernel.constants():
+        memory = ctypes.create_string_buffer(initial, max(size, 1))
+        keep_alive.append(memory)
+        host = ctypes.addressof(memory)
+        regions.append(((len(regions) + 1) * _SLOT + host % 512, size, host, name, False, []))
+    outcome = core().launch(kernel, grid, block, bytes(buffer), regions, shared_bytes, opts.record())
+    errors = [error_of(entry_name, record) for record in outcome["faults"]]
+    if errors and opts.on_error == "raise":
+        raise errors[0]
+    return report_of(entry_name, outcome, errors)

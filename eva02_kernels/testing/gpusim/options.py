@@ -1,0 +1,101 @@
+"""How launches are simulated."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+ORDERS = ("in", "reverse", "random")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Fields as the arguments of :func:`options`."""
+
+    seed: int = 0
+    order: str = "in"
+    outputs: tuple[torch.Tensor, ...] = ()
+    bounds: str = "storage"
+    races: bool | str = True
+    uninit: str | bool = "use"
+    budget: int = 0
+    on_error: str = "raise"
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("order", ORDERS),
+            ("bounds", ("storage", "view")),
+            ("races", (True, False, "strict")),
+            ("uninit", ("use", "load", False)),
+            ("on_error", ("raise", "collect")),
+        ):
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(f"{name}: expected one of {', '.join(map(repr, known))}; got {value!r}")
+
+    def record(self) -> dict[str, Any]:
+        """What the core reads."""
+        return {
+            "seed": self.seed,
+            "order": self.order,
+            "races": bool(self.races),
+            "strict_races": self.races == "strict",
+            "uninit": self.uninit is not False,
+            "uninit_at_load": self.uninit == "load",
+            "collect": self.on_error == "collect",
+            "budget": self.budget,
+        }
+
+
+_current = Options()
+
+
+def current() -> Options:
+    return _current
+
+
+@contextlib.contextmanager
+def options(
+    *,
+    seed: int | None = None,
+    order: str | None = None,
+    outputs: Sequence[torch.Tensor] | None = None,
+    bounds: str | None = None,
+    races: bool | str | None = None,
+    uninit: str | bool | None = None,
+    budget: int | None = None,
+    on_error: str | None = None,
+) -> Iterator[None]:
+    """Inside, launches are simulated so; what is not given stays as it is outside.
+
+    Args:
+        seed: of the order in which warps run, and of ``order="random"``. 0 runs warps by their number.
+        order: of CTAs: ``"in"``, ``"reverse"`` or ``"random"``.
+        outputs: tensors that hold nothing yet: they must be written completely and not be used before.
+        bounds: ``"storage"``: an access may touch the whole storage of a tensor; ``"view"``: the rows of the view alone.
+        races: look for them; ``"strict"``: equal values written by two CTAs are one too.
+        uninit: ``"use"``: unwritten bytes may be loaded and not used; ``"load"``: not loaded either; False: not followed.
+        budget: instructions that a warp may execute (0: 2 billion).
+        on_error: ``"raise"`` the first, or ``"collect"`` one of each kind and instruction in ``report.errors``.
+    """
+    global _current
+    given = {
+        "seed": seed,
+        "order": order,
+        "outputs": None if outputs is None else tuple(outputs),
+        "bounds": bounds,
+        "races": races,
+        "uninit": uninit,
+        "budget": budget,
+        "on_error": on_error,
+    }
+    before = _current
+    _current = replace(before, **{k: v for k, v in given.items() if v is not None})
+    try:
+        yield
+    finally:
+        _current = before
