@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import contextlib
+import os
 
 import pytest
 import torch
@@ -11,7 +11,11 @@ from eva02_kernels.testing import executing
 
 def pytest_addoption(parser):
     parser.addoption("--backend", default="cpu", choices=["cpu", "triton"], help="whom the contract suite tests")
-    parser.addoption("--device", default="cpu", help="where its tensors are; triton on cpu needs TRITON_INTERPRET=1")
+    parser.addoption(
+        "--device",
+        default="cpu",
+        help="where its tensors are; triton on cpu: interpreted with TRITON_INTERPRET=1, else simulated",
+    )
 
 
 @pytest.fixture(scope="session")
@@ -24,8 +28,10 @@ def backend(request, device):
     name = request.config.getoption("--backend")
     if name == "cpu" and _native.cpu_reasons():
         pytest.skip("; ".join(_native.cpu_reasons()))
-    interpreted = name == "triton" and device == "cpu"
-    with executing("interpreter") if interpreted else contextlib.nullcontext():
+    if name != "triton" or device != "cpu":
+        yield name
+        return
+    with executing("interpreter" if os.environ.get("TRITON_INTERPRET") == "1" else "simulator"):
         yield name
 
 

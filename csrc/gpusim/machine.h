@@ -253,7 +253,8 @@ struct Cta {
   void release(int barrier);
   u32 live_threads() const;  // in whole warps, as barriers count them
   void read_shared(Warp& w, const Op& op, int lane, u32 offset, u32 bytes);
-  void write_shared(Warp& w, const Op& op, int lane, u32 offset, u32 bytes);
+  // `data`: what is written now, nullptr for what comes later.
+  void write_shared(Warp& w, const Op& op, int lane, u32 offset, const u8* data, u32 bytes);
 };
 
 // A stamp: time << 12 | several lanes << 11 | warp << 5 | lane; 0 is "never".

@@ -304,7 +304,7 @@ void store(Warp& w, const Op& op, u32 mask) {
         mask &= ~(1u << l);
         continue;
       }
-      cta.write_shared(w, op, l, static_cast<u32>(offset), bytes);
+      cta.write_shared(w, op, l, static_cast<u32>(offset), data, bytes);
       memcpy(cta.shared.data() + offset, data, bytes);
       for (int i = 0; i < op.vector; ++i) {
         const Reg& r = op.regs[1 + i];
@@ -464,7 +464,7 @@ void async_copy(Warp& w, const Op& op, u32 mask) {
       c.bytes += size;
     }
     // Nobody may use these bytes from now until the wait, and a barrier for other threads.
-    cta.write_shared(w, op, l, copy.shared, bytes);
+    cta.write_shared(w, op, l, copy.shared, nullptr, bytes);
     for (u32 b = 0; b < bytes; ++b) cta.in_flight[copy.shared + b] += 1;
     w.copies.push_back(copy);
   }
