@@ -751,9 +751,8 @@ bool decode_mov(Decoder& d, const Instruction& in, Op& op) {
   const std::string type = in.last();
   const Operand &to = in.operands[0], &from = in.operands[1];
   if (type == "pred") {
-    Reg source;
-    if (from.kind == Operand::kInt) Decoder::fail("mov.pred of a constant");
-    source = d.predicate(from);
+    // A constant predicate is a mask of all lanes or of none.
+    const Reg source = from.kind == Operand::kInt ? d.constant(from.bits ? kAllLanes : 0, false) : d.predicate(from);
     d.set(op, {d.predicate(to)}, {source});
     op.exec = &predicate_logic<decltype([](u32 a, u32) { return a; })>;
     op.rule = Rule::kMove;
