@@ -4,7 +4,7 @@ PYTHON := $(VENV)/bin/python
 DIST := dist
 SOURCES := $(wildcard csrc/*/*) csrc/exports.map CMakeLists.txt setup.py
 
-.PHONY: install test test-full test-gpu demo lint bench wheel wheel-files
+.PHONY: install gpusim test test-full test-gpu demo lint bench wheel wheel-files
 install: $(VENV)/.built
 
 $(PYTHON):
@@ -20,6 +20,15 @@ $(VENV)/.built: $(VENV)/.dependencies $(SOURCES)
 	$(PYTHON) -m pip install -q --no-build-isolation --no-deps -e .
 	touch $@
 
+# The PTX simulator's core, which tests alone use.
+gpusim: $(VENV)/.gpusim
+
+$(VENV)/.gpusim: $(VENV)/.dependencies $(wildcard csrc/gpusim/*)
+	$(VENV)/bin/cmake -S csrc/gpusim -B build/gpusim -G Ninja -DPython3_EXECUTABLE=$(abspath $(PYTHON)) \
+	  -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV)/bin/ninja) > /dev/null
+	$(VENV)/bin/ninja -C build/gpusim
+	touch $@
+
 # $(call part,name,command): runs a part of the tests and notes its minutes, also when it fails.
 TIMES := build/test-minutes.txt
 define part
@@ -30,20 +39,25 @@ endef
 
 # Triton decorates a kernel for its interpreter or for its compiler: a process can have one of them.
 INTERPRETED := env TRITON_INTERPRET=1 $(PYTHON) -m pytest -q --backend triton
+# The same suite on the compiled kernels' PTX: what the dispatcher and Dynamo do with an operator is the same there.
+SIMULATED := $(PYTHON) -m pytest -q --backend triton
+SIMULATED_TESTS := tests/test_contract.py -k "is_accurate or statistics or deterministic"
 
-test: install
+test: install gpusim
 	@mkdir -p build && rm -f $(TIMES)
 	$(call part,contract,$(PYTHON) -m pytest -q -m "not full and not gpu and not wheel" tests/test_contract.py)
 	$(call part,interpreter,$(INTERPRETED) -m "not full" tests/test_contract.py tests/test_interpreter.py)
+	$(call part,simulator,$(SIMULATED) -m "not full" $(SIMULATED_TESTS))
 	$(call part,rest,$(PYTHON) -m pytest -q -m "not full and not gpu and not wheel" --ignore=tests/test_contract.py \
 	  --ignore=tests/test_interpreter.py tests)
 	$(call part,wheel,$(PYTHON) -m pytest -q -m "wheel and not full" tests/test_wheel.py)
 	@cat $(TIMES)
 
-test-full: install
+test-full: install gpusim
 	@mkdir -p build && rm -f $(TIMES)
 	$(call part,tests,$(PYTHON) -m pytest -q -m "not gpu and not wheel" --ignore=tests/test_interpreter.py tests)
 	$(call part,interpreter,$(INTERPRETED) tests/test_contract.py tests/test_interpreter.py)
+	$(call part,simulator,$(SIMULATED) tests/test_contract.py)
 	$(call part,wheel,$(PYTHON) -m pytest -q -m wheel tests/test_wheel.py)
 	@cat $(TIMES)
 

@@ -810,21 +810,35 @@ bool decode_setp(Decoder& d, const Instruction& in, Op& op) {
   return true;
 }
 
+// 8-bit results live in wider registers, extended by their sign.
+template <class From>
+Exec to_byte(bool is_signed) {
+  if (is_signed) return exec_of<i32, From>([](From v) { return static_cast<i32>(static_cast<i8>(v)); });
+  return exec_of<u32, From>([](From v) { return static_cast<u32>(static_cast<u8>(v)); });
+}
+
 bool decode_cvt(Decoder& d, const Instruction& in, Op& op) {
   if (in.modifiers.size() < 2) Decoder::fail("cvt needs two types");
   const std::string to = in.modifiers[in.modifiers.size() - 2], from = in.last();
+  if (type_bytes(to) == 1) {
+    const bool is_signed = to == "s8";
+    if (in.modifiers.size() != 2 || is_float(from)) return false;
+    const int bytes = type_bytes(from);
+    op.exec = bytes == 8 ? to_byte<u64>(is_signed) : bytes == 4 ? to_byte<u32>(is_signed) : to_byte<u16>(is_signed);
+    const Operand& result = in.operands.at(0);
+    if (!d.is_register(result.name) || d.is_wide(result.name)) return false;
+    d.set(op, {d.result(result, d.type_of(result.name))}, {d.source(in.operands.at(1), from, true)});
+    return true;
+  }
   op.exec = conversion(in, to, from);
   if (op.exec == nullptr) return false;
   const std::string storage = to == "tf32" ? "b32" : to;
-  // A result of 8 bits lives in a wider register, extended by its sign.
-  const bool narrow = type_bytes(storage) == 1;
   if (to == "f16x2" || to == "bf16x2") {
     d.expect_operands(in, 3);
     d.set(op, {d.result(in.operands[0], "b32")}, {d.source(in.operands[1], from), d.source(in.operands[2], from)});
     return true;
   }
   d.expect_operands(in, 2);
-  if (narrow) Decoder::fail("cvt to 8 bits");
   d.set(op, {d.result(in.operands[0], storage)}, {d.source(in.operands[1], from, true)});
   const bool integers = !is_float(to) && !is_float(from);
   if (integers && type_bytes(from) < type_bytes(to) && in.has("sat")) Decoder::fail("cvt.sat to a wider type");

@@ -24,6 +24,11 @@ py::dict fault_record(const Program& p, const Fault& f) {
   d["thread"] = f.thread;
   d["address"] = f.address;
   d["tensor"] = f.region;
+  const bool has_other = f.other_op < p.ops.size() && p.ops[f.other_op].source >= 0;
+  const Instruction* other = has_other ? &p.function.body[static_cast<size_t>(p.ops[f.other_op].source)] : nullptr;
+  d["other_line"] = other ? other->line : 0;
+  d["other_text"] = other ? other->text : "";
+  d["other_where"] = other ? p.where(f.other_op) : "";
   return d;
 }
 
@@ -46,7 +51,7 @@ Options options_from(const py::dict& d) {
   return o;
 }
 
-// regions: (base, size, host address, name, fresh output?, [(begin, end)])
+// regions: (base, size, host address, name, fresh output?, constant?, [(begin, end)])
 py::dict launch(const Program& p, std::array<u32, 3> grid, std::array<u32, 3> block, const py::bytes& params,
                 const py::list& regions, u64 dynamic_shared, const py::dict& options) {
   Launch run(p);
@@ -65,7 +70,8 @@ py::dict launch(const Program& p, std::array<u32, 3> grid, std::array<u32, 3> bl
     r.host = reinterpret_cast<u8*>(t[2].cast<u64>());
     r.name = t[3].cast<std::string>();
     if (t[4].cast<bool>()) r.valid.assign(r.size, 0);
-    r.views = t[5].cast<std::vector<std::pair<u64, u64>>>();
+    r.constant = t[5].cast<bool>();
+    r.views = t[6].cast<std::vector<std::pair<u64, u64>>>();
     run.regions.push_back(std::move(r));
   }
   {

@@ -165,10 +165,12 @@ void Warp::raise(const Op& op, int lane, const char* kind, const std::string& wh
   throw f;
 }
 
-void Warp::fault(const Op& op, int lane, const char* kind, const std::string& what, u64 address, const Region* region) {
+void Warp::fault(const Op& op, int lane, const char* kind, const std::string& what, u64 address, const Region* region,
+                 u32 other_op) {
   try {
     raise(op, lane, kind, what, address, region);
-  } catch (const Fault& f) {
+  } catch (Fault& f) {
+    f.other_op = other_op;
     Launch& launch = cta->launch;
     if (!launch.options.collect) throw;
     const std::lock_guard<std::mutex> lock(launch.mutex);
@@ -294,6 +296,7 @@ void Warp::wait_copies(u32 mask, u32 keep) {
       cta->shared[at] = copy.data[b];
       cta->shared_valid[at] = copy.valid[b];
       cta->writer[at] = stamp_of(time(), static_cast<u32>(index), copy.lane);
+      cta->writer_op[at] = copy.op;
     }
   }
   copies = std::move(left);
@@ -326,16 +329,18 @@ void Cta::read_shared(Warp& w, const Op& op, int lane, u32 offset, u32 bytes) {
   const u32 me = stamp_of(w.time(), static_cast<u32>(w.index), static_cast<u32>(lane));
   for (u32 b = offset; b < offset + bytes; ++b) {
     if (in_flight[b])
-      return w.fault(op, lane, "race", "race: shared byte " + std::to_string(b) + " is read while an asynchronous copy to it is in flight", b);
+      return w.fault(op, lane, "race", "race: shared byte " + std::to_string(b) + " is read while an asynchronous copy to it is in flight", b, nullptr, writer_op[b]);
     const u32 wrote = writer[b];
     if (wrote != 0 && !before(w, lane, wrote))
-      return w.fault(op, lane, "race", "race: shared byte " + std::to_string(b) + " was written by " + who(wrote) + " and is read with no barrier between", b);
+      return w.fault(op, lane, "race", "race: shared byte " + std::to_string(b) + " was written by " + who(wrote) + " and is read with no barrier between", b, nullptr, writer_op[b]);
     const u32 old = reader[b];
     if (old == me) continue;
     if (old != 0 && warp_of(old) == static_cast<u32>(w.index)) {
       reader[b] = time_of(old) == w.time() ? old | kSeveral : me;
+      reader_op[b] = op.index;
     } else if (old == 0 || before(w, lane, old)) {
       reader[b] = me;
+      reader_op[b] = op.index;
     } else {
       // Readers of several warps with no order between them are kept in a list.
       auto& more = more_readers[b];
@@ -350,7 +355,7 @@ void Cta::write_shared(Warp& w, const Op& op, int lane, u32 offset, const u8* da
   const u32 me = stamp_of(w.time(), static_cast<u32>(w.index), static_cast<u32>(lane));
   for (u32 b = offset; b < offset + bytes; ++b) {
     if (in_flight[b])
-      return w.fault(op, lane, "race", "race: shared byte " + std::to_string(b) + " is written while an asynchronous copy to it is in flight", b);
+      return w.fault(op, lane, "race", "race: shared byte " + std::to_string(b) + " is written while an asynchronous copy to it is in flight", b, nullptr, writer_op[b]);
     const u32 wrote = writer[b];
     if (wrote != 0 && !before(w, lane, wrote)) {
       // Lanes of one instruction, and warps that hold the same values (Triton's replicated layouts), are no error.
@@ -359,12 +364,12 @@ void Cta::write_shared(Warp& w, const Op& op, int lane, u32 offset, const u8* da
       if (one || equal) {
         (*w.counters)[op.index].collisions += 1;
       } else {
-        return w.fault(op, lane, "race", "race: shared byte " + std::to_string(b) + " was written by " + who(wrote) + " and is written again with no barrier between", b);
+        return w.fault(op, lane, "race", "race: shared byte " + std::to_string(b) + " was written by " + who(wrote) + " and is written again with no barrier between", b, nullptr, writer_op[b]);
       }
     }
     const u32 read = reader[b];
     if (read != 0 && !before(w, lane, read))
-      return w.fault(op, lane, "race", "race: shared byte " + std::to_string(b) + " was read by " + who(read) + " and is written with no barrier between", b);
+      return w.fault(op, lane, "race", "race: shared byte " + std::to_string(b) + " was read by " + who(read) + " and is written with no barrier between", b, nullptr, reader_op[b]);
     if (!more_readers.empty()) {
       const auto more = more_readers.find(b);
       if (more != more_readers.end()) {
@@ -376,6 +381,7 @@ void Cta::write_shared(Warp& w, const Op& op, int lane, u32 offset, const u8* da
     }
     reader[b] = 0;
     writer[b] = me;
+    writer_op[b] = op.index;
   }
   w.last_store = op.index;
   w.last_store_count = w.executed;
@@ -392,6 +398,8 @@ Cta::Cta(Launch& launch) : launch(launch), program(launch.program) {
   shared_valid.resize(bytes);
   writer.resize(bytes);
   reader.resize(bytes);
+  writer_op.resize(bytes);
+  reader_op.resize(bytes);
   in_flight.resize(bytes);
   for (size_t i = 0; i < count; ++i) {
     Warp& w = warps[i];
@@ -517,8 +525,16 @@ void Cta::run() {
       if (b.arrived >= expected) release(static_cast<int>(id)), released = true;
     }
     if (!ran && !released) {
-      for (Warp& w : warps)
-        if (w.live) w.raise(program.ops[w.pc ? w.pc - 1 : 0], std::countr_zero(w.live), "deadlock", "deadlock: warps wait at a barrier that others never reach");
+      std::string waiting;
+      Warp* first = nullptr;
+      for (Warp& w : warps) {
+        if (!w.live) continue;
+        const Op& at = program.ops[w.pc - 1];
+        const int line = at.source < 0 ? 0 : program.function.body[static_cast<size_t>(at.source)].line;
+        waiting += (first ? "; " : "") + ("warp " + std::to_string(w.index)) + " at PTX line " + std::to_string(line);
+        if (first == nullptr) first = &w;
+      }
+      first->raise(program.ops[first->pc - 1], std::countr_zero(first->live), "deadlock", "deadlock: warps wait for each other: " + waiting);
     }
   }
   for (const Warp& w : warps) instructions += w.executed;

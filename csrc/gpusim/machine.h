@@ -115,7 +115,7 @@ struct Program {
 
 struct Fault : std::runtime_error {
   std::string kind;
-  u32 op = 0;
+  u32 op = 0, other_op = ~0u;  // the other side of a race
   std::array<u32, 3> cta{}, thread{};
   u64 address = 0;
   std::string region;
@@ -181,7 +181,7 @@ struct Split {
 struct PendingCopy {
   u32 shared;
   u8 bytes, lane;
-  u32 group;
+  u32 group, op;
   std::array<u8, 16> data, valid;
 };
 
@@ -219,7 +219,7 @@ struct Warp {
   [[noreturn]] void raise(const Op& op, int lane, const char* kind, const std::string& what, u64 address = 0,
                           const Region* region = nullptr);
   void fault(const Op& op, int lane, const char* kind, const std::string& what, u64 address = 0,
-             const Region* region = nullptr);
+             const Region* region = nullptr, u32 other_op = ~0u);
   void branch(const Op& op, u32 taken);
   void exit(u32 mask);
   void reselect();
@@ -240,7 +240,8 @@ struct Cta {
   std::vector<Warp> warps;
   std::vector<u8> shared;
   std::vector<u8> shared_valid;
-  std::vector<u32> writer, reader;  // stamps, by byte of shared memory
+  std::vector<u32> writer, reader;        // stamps, by byte of shared memory
+  std::vector<u32> writer_op, reader_op;  // the operations they come from
   std::vector<u8> in_flight;        // asynchronous copies to come, by byte
   std::unordered_map<u32, std::vector<u32>> more_readers;
   std::array<Barrier, 16> barriers{};

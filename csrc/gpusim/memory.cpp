@@ -451,7 +451,7 @@ void async_copy(Warp& w, const Op& op, u32 mask) {
     if (!checked_shared(w, op, l, to.lane[l], bytes, bytes, "asynchronous copy")) continue;
     const u32 size = op.num_src > 2 ? std::min(w.reg<u32>(op, 2)[l], bytes) : bytes;
     PendingCopy copy{.shared = static_cast<u32>(to.lane[l]), .bytes = static_cast<u8>(bytes), .lane = static_cast<u8>(l),
-                     .group = w.copy_groups[l], .data = {}, .valid = {}};
+                     .group = w.copy_groups[l], .op = op.index, .data = {}, .valid = {}};
     copy.valid.fill(1);
     if (size > 0) {
       Region* r = checked(w, op, l, from.lane[l], size, bytes, "asynchronous copy");

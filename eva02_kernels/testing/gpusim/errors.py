@@ -16,6 +16,7 @@ class SimulationError(RuntimeError):
         cta, thread: three indices each.
         address: the simulated address, or the byte of shared memory.
         tensor: name of the argument that was touched, where there is one.
+        other_line, other_text, other_where: the other access of a race in shared memory; 0 and empty without one.
     """
 
     def __init__(self, kernel: str, record: dict[str, Any]) -> None:
@@ -23,10 +24,14 @@ class SimulationError(RuntimeError):
         self.line, self.text = record["line"], record["text"]
         self.cta, self.thread = tuple(record["cta"]), tuple(record["thread"])
         self.address, self.tensor = record["address"], record["tensor"]
+        self.other_line, self.other_text = record["other_line"], record["other_text"]
+        self.other_where = record["other_where"]
         place = f"\n  at {self.where or 'the end of the launch'}"
         if self.line:
             place += f"\n  PTX line {self.line}: {' '.join(self.text.split())}"
             place += f"\n  CTA {self.cta}, thread {self.thread}"
+        if self.other_line:
+            place += f"\n  and {self.other_where}\n  PTX line {self.other_line}: {' '.join(self.other_text.split())}"
         super().__init__(f"{kernel}: {record['message']}{place}")
 
 

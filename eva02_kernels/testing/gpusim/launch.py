@@ -47,7 +47,7 @@ def check(ptx: str) -> list[tuple[int, str, str]]:
 class Mapping(NamedTuple):
     """The simulated address space of a launch."""
 
-    regions: list[tuple[int, int, int, str, bool, list[tuple[int, int]]]]
+    regions: list[tuple[int, int, int, str, bool, bool, list[tuple[int, int]]]]
     address: Callable[[torch.Tensor], int]
 
 
@@ -78,11 +78,11 @@ def map_tensors(tensors: Sequence[tuple[str, torch.Tensor]], options: Options, f
             raise ValueError(f"{name}: expected a storage below 4 GiB, got {storage.nbytes()} bytes")
         if key not in regions:
             base = (first_slot + len(regions)) * _SLOT + key % 512
-            regions[key] = [base, storage.nbytes(), key, name, key in outputs, []]
+            regions[key] = [base, storage.nbytes(), key, name, key in outputs, False, []]
         else:
             regions[key][3] += f"/{name}"
         if options.bounds == "view":
-            regions[key][5] += _rows(tensor)
+            regions[key][6] += _rows(tensor)
 
     def address(tensor: torch.Tensor) -> int:
         region = regions[tensor.untyped_storage().data_ptr()]
@@ -142,7 +142,8 @@ def run_ptx(
         line, text, reason = kernel.unsupported[0]
         message = f"unsupported instruction ({reason}), one of {len(kernel.unsupported)}"
         record = {"kind": "unsupported", "message": message, "line": line, "text": text, "where": f"line {line}",
-                  "cta": (0, 0, 0), "thread": (0, 0, 0), "address": 0, "tensor": ""}  # fmt: skip
+                  "cta": (0, 0, 0), "thread": (0, 0, 0), "address": 0, "tensor": "",
+                  "other_line": 0, "other_text": "", "other_where": ""}  # fmt: skip
         raise error_of(entry_name, record)
     labels = list(names) if names is not None else [name for name, *_ in params]
     tensors = [(label, a) for label, a in zip(labels, args, strict=True) if isinstance(a, torch.Tensor)]
@@ -152,11 +153,11 @@ def run_ptx(
         buffer[offset : offset + size] = _pack(label, ptx_type, size, value, mapping.address)
     regions = list(mapping.regions)
     keep_alive = []
-    for name, size, initial, _ in kernel.constants():
+    for name, size, initial, constant in kernel.constants():
         memory = ctypes.create_string_buffer(initial, max(size, 1))
         keep_alive.append(memory)
         host = ctypes.addressof(memory)
-        regions.append(((len(regions) + 1) * _SLOT + host % 512, size, host, name, False, []))
+        regions.append(((len(regions) + 1) * _SLOT + host % 512, size, host, name, False, constant, []))
     outcome = core().launch(kernel, grid, block, bytes(buffer), regions, shared_bytes, opts.record())
     errors = [error_of(entry_name, record) for record in outcome["faults"]]
     if errors and opts.on_error == "raise":

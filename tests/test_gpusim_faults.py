@@ -1,0 +1,376 @@
+"""Planted faults, each with its clean twin, and clean programs that look faulty."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ptx import marked_line, run, source
+
+from eva02_kernels.testing import gpusim
+
+pytest.importorskip("eva02_kernels.testing.gpusim._core", reason="run `make gpusim`")
+
+# name: (kind, body with the fault at the line marked `// <-`, body without it[, options of run])
+FAULTS: dict[str, tuple] = {
+    "missing barrier": (
+        "race",
+        "st.shared.b32 [%r4], 0;\nbar.sync 0;\nst.shared.b32 [%r4], %r1;\nld.shared.b32 %r7, [%r6]; // <-\nst.global.b32 [%d5], %r7;",
+        "st.shared.b32 [%r4], %r1;\nbar.sync 0;\nld.shared.b32 %r7, [%r6];\nst.global.b32 [%d5], %r7;",
+    ),
+    "warp barrier instead of the CTA's": (
+        "race",
+        "st.shared.b32 [%r4], 0;\nbar.sync 0;\nst.shared.b32 [%r4], %r1;\nbar.warp.sync -1;\nld.shared.b32 %r7, [%r6]; // <-\nst.global.b32 [%d5], %r7;",
+        "st.shared.b32 [%r4], %r1;\nbarrier.sync 0;\nld.shared.b32 %r7, [%r6];\nst.global.b32 [%d5], %r7;",
+    ),
+    "write after read without a barrier": (
+        "race",
+        "st.shared.b32 [%r4], 0;\nbar.sync 0;\nst.shared.b32 [%r4], %r1;\nbar.sync 0;\nld.shared.b32 %r7, [%r6];\nst.shared.b32 [%r4], %r3; // <-\nst.global.b32 [%d5], %r7;",
+        "st.shared.b32 [%r4], %r1;\nbar.sync 0;\nld.shared.b32 %r7, [%r6];\nbar.sync 0;\nst.shared.b32 [%r4], %r3;\nst.global.b32 [%d5], %r7;",
+    ),
+    "two warps write one byte": (
+        "race",
+        "and.b32 %r7, %r3, 127;\nadd.u32 %r7, %r7, %r2;\nst.shared.b32 [%r7], %r1; // <-",
+        "and.b32 %r7, %r3, 127;\nadd.u32 %r7, %r7, %r2;\nand.b32 %r8, %r1, 31;\nst.shared.b32 [%r7], %r8;",
+    ),
+    "lanes of a warp without bar.warp.sync": (
+        "race",
+        "xor.b32 %r7, %r4, 4;\nst.shared.b32 [%r4], %r1;\nld.shared.b32 %r8, [%r7]; // <-\nst.global.b32 [%d5], %r8;",
+        "xor.b32 %r7, %r4, 4;\nst.shared.b32 [%r4], %r1;\nbar.warp.sync -1;\nld.shared.b32 %r8, [%r7];\nst.global.b32 [%d5], %r8;",
+    ),
+    "double buffer without its second barrier": (
+        "race",
+        "st.shared.b32 [%r4], 0;\nbar.sync 0;\nmov.u32 %r10, 0;\nL:\nadd.u32 %r11, %r1, %r10;\nst.shared.b32 [%r4], %r11; // <-\nbar.sync 0;\nld.shared.b32 %r7, [%r6];\n"
+        "add.u32 %r10, %r10, 1;\nsetp.lt.u32 %p1, %r10, 3;\n@%p1 bra L;\nst.global.b32 [%d5], %r7;",
+        "mov.u32 %r10, 0;\nL:\nadd.u32 %r11, %r1, %r10;\nst.shared.b32 [%r4], %r11;\nbar.sync 0;\nld.shared.b32 %r7, [%r6];\nbar.sync 0;\n"
+        "add.u32 %r10, %r10, 1;\nsetp.lt.u32 %p1, %r10, 3;\n@%p1 bra L;\nst.global.b32 [%d5], %r7;",
+    ),
+    "named barrier of the wrong warps": (
+        "race",
+        "st.shared.b32 [%r4], 0;\nbar.sync 0;\nst.shared.b32 [%r4], %r1;\nshr.u32 %r7, %r1, 5;\nbar.sync %r7, 32;\nld.shared.b32 %r8, [%r6]; // <-\nst.global.b32 [%d5], %r8;",
+        "st.shared.b32 [%r4], %r1;\nbar.sync 3, 64;\nld.shared.b32 %r8, [%r6];\nst.global.b32 [%d5], %r8;",
+    ),
+    "asynchronous copy read before its wait": (
+        "race",
+        "cp.async.ca.shared.global [%r4], [%d4], 4;\ncp.async.commit_group;\nbar.sync 0;\nld.shared.b32 %r7, [%r4]; // <-\nst.global.b32 [%d5], %r7;",
+        "cp.async.ca.shared.global [%r4], [%d4], 4;\ncp.async.commit_group;\ncp.async.wait_group 0;\nld.shared.b32 %r7, [%r4];\nst.global.b32 [%d5], %r7;",
+    ),
+    "asynchronous copy read by others after the wait alone": (
+        "race",
+        "st.shared.b32 [%r4], 0;\nbar.sync 0;\ncp.async.ca.shared.global [%r4], [%d4], 4;\ncp.async.wait_all;\nld.shared.b32 %r7, [%r6]; // <-\nst.global.b32 [%d5], %r7;",
+        "cp.async.ca.shared.global [%r4], [%d4], 4;\ncp.async.wait_all;\nbar.sync 0;\nld.shared.b32 %r7, [%r6];\nst.global.b32 [%d5], %r7;",
+    ),
+    "wait for a group too few": (
+        "race",
+        "cp.async.ca.shared.global [%r4], [%d4], 4;\ncp.async.commit_group;\ncp.async.ca.shared.global [%r4+512], [%d4], 4;\ncp.async.commit_group;\n"
+        "cp.async.wait_group 1;\nld.shared.b32 %r7, [%r4+512]; // <-\nst.global.b32 [%d5], %r7;",
+        "cp.async.ca.shared.global [%r4], [%d4], 4;\ncp.async.commit_group;\ncp.async.ca.shared.global [%r4+512], [%d4], 4;\ncp.async.commit_group;\n"
+        "cp.async.wait_group 1;\nld.shared.b32 %r7, [%r4];\nst.global.b32 [%d5], %r7;",
+    ),
+    "copy into a buffer that is still read": (
+        "race",
+        "st.shared.b32 [%r4], 0;\nbar.sync 0;\nst.shared.b32 [%r4], %r1;\nbar.sync 0;\nld.shared.b32 %r7, [%r6];\ncp.async.ca.shared.global [%r4], [%d4], 4; // <-\n"
+        "cp.async.wait_all;\nst.global.b32 [%d5], %r7;",
+        "st.shared.b32 [%r4], %r1;\nbar.sync 0;\nld.shared.b32 %r7, [%r6];\nbar.sync 0;\ncp.async.ca.shared.global [%r4], [%d4], 4;\n"
+        "cp.async.wait_all;\nst.global.b32 [%d5], %r7;",
+    ),
+    "store while a copy is in flight": (
+        "race",
+        "cp.async.ca.shared.global [%r4], [%d4], 4;\nst.shared.b32 [%r4], %r1; // <-\ncp.async.wait_all;",
+        "cp.async.ca.shared.global [%r4], [%d4], 4;\ncp.async.wait_all;\nst.shared.b32 [%r4], %r1;",
+    ),
+    "CTAs write one address": (
+        "race",
+        "st.global.b32 [%d2], %r5; // <-",
+        "mul.wide.u32 %d6, %r5, 4;\nadd.u64 %d6, %d6, %d2;\nst.global.b32 [%d6], %r5;",
+        {"ctas": 3, "threads": 1},
+    ),
+    "CTA reads what another wrote": (
+        "race",
+        "mul.wide.u32 %d6, %r5, 4;\nadd.u64 %d6, %d6, %d2;\nst.global.b32 [%d6], %r5;\nld.global.b32 %r7, [%d2]; // <-",
+        "mul.wide.u32 %d6, %r5, 4;\nadd.u64 %d6, %d6, %d2;\nst.global.b32 [%d6], %r5;\nld.global.b32 %r7, [%d1];",
+        {"ctas": 3, "threads": 1},
+    ),
+    "CTA writes what another read": (
+        "race",
+        "ld.global.b32 %r7, [%d2+8];\nmul.wide.u32 %d6, %r5, 4;\nadd.u64 %d6, %d6, %d2;\nst.global.b32 [%d6], %r5; // <-",
+        "ld.global.b32 %r7, [%d1+8];\nmul.wide.u32 %d6, %r5, 4;\nadd.u64 %d6, %d6, %d2;\nst.global.b32 [%d6], %r5;",
+        {"ctas": 3, "threads": 1},
+    ),
+    "read-only load of written bytes": (
+        "race",
+        "st.global.b32 [%d5], %r1;\nld.global.nc.b32 %r7, [%d5]; // <-",
+        "st.global.b32 [%d5], %r1;\nld.global.b32 %r7, [%d5];",
+    ),
+    "off by one at the end": (
+        "out of bounds",
+        "ld.global.b32 %r7, [%d4+4]; // <-",
+        "setp.lt.u32 %p1, %r1, 63;\n@%p1 ld.global.b32 %r7, [%d4+4];",
+    ),
+    "before the beginning": ("out of bounds", "ld.global.b32 %r7, [%d4+-4]; // <-", "ld.global.b32 %r7, [%d4+0];"),
+    "wrong mask of a store": (
+        "out of bounds",
+        "setp.le.u32 %p1, %r1, 63;\n@%p1 st.global.b32 [%d5+4], %r1; // <-",
+        "setp.lt.u32 %p1, %r1, 63;\n@%p1 st.global.b32 [%d5+4], %r1;",
+    ),
+    "wide store over the end": (
+        "out of bounds",
+        "mul.wide.u32 %d6, %r1, 8;\nadd.u64 %d6, %d6, %d2;\nst.global.b64 [%d6], %d3; // <-",
+        "mul.wide.u32 %d6, %r1, 8;\nadd.u64 %d6, %d6, %d2;\nsetp.lt.u32 %p1, %r1, 32;\n@%p1 st.global.b64 [%d6], %d3;",
+    ),
+    "only in the last CTA": (
+        "out of bounds",
+        "mul.wide.u32 %d6, %r5, 68;\nadd.u64 %d6, %d6, %d1;\nld.global.b32 %r7, [%d6+56]; // <-",
+        "mul.wide.u32 %d6, %r5, 64;\nadd.u64 %d6, %d6, %d1;\nld.global.b32 %r7, [%d6+56];",
+        {"ctas": 4, "threads": 1},
+    ),
+    "null pointer": ("out of bounds", "mov.u64 %d6, 0;\nld.global.b32 %r7, [%d6]; // <-", "ld.global.b32 %r7, [%d1];"),
+    "beyond shared memory": (
+        "out of bounds",
+        "st.shared.b32 [%r4+1000], %r1; // <-",
+        "st.shared.b32 [%r4+768], %r1;",
+    ),
+    "shared window through a generic pointer": (
+        "out of bounds",
+        "cvt.u64.u32 %d6, %r4;\ncvta.shared.u64 %d7, %d6;\nst.b32 [%d7+1000], %r1; // <-",
+        "cvt.u64.u32 %d6, %r4;\ncvta.shared.u64 %d7, %d6;\nst.b32 [%d7], %r1;",
+    ),
+    "store to constant memory": (
+        "out of bounds",
+        "mov.u64 %d6, table;\nst.global.b32 [%d6], %r1; // <-",
+        "ld.const.b32 %r7, [table+4];\nst.global.b32 [%d5], %r7;",
+    ),
+    "atomic beyond the end": (
+        "out of bounds",
+        "red.global.add.u32 [%d5+4], 1; // <-",
+        "red.global.add.u32 [%d5], 1;",
+    ),
+    "asynchronous copy beyond the end": (
+        "out of bounds",
+        "cp.async.ca.shared.global [%r4], [%d4+4], 4; // <-\ncp.async.wait_all;",
+        "setp.lt.u32 %p1, %r1, 63;\nselp.b32 %r7, 4, 0, %p1;\ncp.async.ca.shared.global [%r4], [%d4+4], 4, %r7;\ncp.async.wait_all;",
+    ),
+    "misaligned vector load": (
+        "misaligned",
+        "setp.lt.u32 %p1, %r1, 16;\n@%p1 ld.global.v4.b32 {%r10, %r11, %r12, %r13}, [%d4]; // <-",
+        "mul.wide.u32 %d6, %r1, 16;\nadd.u64 %d6, %d6, %d1;\nsetp.lt.u32 %p1, %r1, 16;\n@%p1 ld.global.v4.b32 {%r10, %r11, %r12, %r13}, [%d6];",
+    ),
+    "misaligned shared store": (
+        "misaligned",
+        "st.shared.b64 [%r4], %d3; // <-",
+        "shl.b32 %r7, %r1, 3;\nadd.u32 %r7, %r7, %r2;\nst.shared.b64 [%r7], %d3;",
+    ),
+    "misaligned asynchronous copy": (
+        "misaligned",
+        "setp.lt.u32 %p1, %r1, 1;\n@%p1 cp.async.cg.shared.global [%r4+4], [%d4], 16; // <-\ncp.async.wait_all;",
+        "setp.lt.u32 %p1, %r1, 1;\n@%p1 cp.async.cg.shared.global [%r4], [%d4], 16;\ncp.async.wait_all;",
+    ),
+    "misaligned ldmatrix": (
+        "misaligned",
+        "st.shared.b32 [%r4], %r1;\nst.shared.b32 [%r4+256], %r1;\nbar.sync 0;\nand.b32 %r7, %r1, 31;\nmad.lo.u32 %r8, %r7, 8, %r2;\n"
+        "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r10}, [%r8]; // <-",
+        "st.shared.b32 [%r4], %r1;\nst.shared.b32 [%r4+256], %r1;\nbar.sync 0;\nand.b32 %r7, %r1, 31;\nmad.lo.u32 %r8, %r7, 16, %r2;\n"
+        "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r10}, [%r8];\nst.global.b32 [%d5], %r10;",
+    ),
+    "register nobody wrote": (
+        "uninitialised",
+        "st.global.b32 [%d5], %r20; // <-",
+        "mov.u32 %r20, 1;\nst.global.b32 [%d5], %r20;",
+    ),
+    "register written by half of the lanes": (
+        "uninitialised",
+        "setp.lt.u32 %p1, %r1, 16;\n@%p1 mov.u32 %r20, 1;\nst.global.b32 [%d5], %r20; // <-",
+        "setp.lt.u32 %p1, %r1, 16;\n@%p1 mov.u32 %r20, 1;\n@%p1 st.global.b32 [%d5], %r20;",
+    ),
+    "unfilled shared tile": (
+        "uninitialised",
+        "ld.shared.b32 %r7, [%r4];\nadd.u32 %r8, %r7, 1;\nst.global.b32 [%d5], %r8; // <-",
+        "st.shared.b32 [%r4], 0;\nld.shared.b32 %r7, [%r4];\nadd.u32 %r8, %r7, 1;\nst.global.b32 [%d5], %r8;",
+    ),
+    "unfilled upper half": (
+        "uninitialised",
+        "st.shared.b16 [%r4], 1;\nld.shared.b32 %r7, [%r4];\nst.global.b32 [%d5], %r7; // <-",
+        "st.shared.b16 [%r4], 1;\nld.shared.b32 %r7, [%r4];\nand.b32 %r7, %r7, 65535;\nst.global.b32 [%d5], %r7;",
+    ),
+    "branch on nothing": (
+        "uninitialised",
+        "ld.shared.b32 %r7, [%r4];\nsetp.eq.u32 %p1, %r7, 0;\n@%p1 bra L; // <-\nst.global.b32 [%d5], %r1;\nL:",
+        "st.shared.b32 [%r4], 0;\nld.shared.b32 %r7, [%r4];\nsetp.eq.u32 %p1, %r7, 0;\n@%p1 bra L;\nst.global.b32 [%d5], %r1;\nL:",
+    ),
+    "address from nothing": (
+        "uninitialised",
+        "ld.shared.b32 %r7, [%r4];\nmul.wide.u32 %d6, %r7, 0;\nadd.u64 %d6, %d6, %d1;\nld.global.b32 %r8, [%d6]; // <-",
+        "st.shared.b32 [%r4], 5;\nld.shared.b32 %r7, [%r4];\nmul.wide.u32 %d6, %r7, 0;\nadd.u64 %d6, %d6, %d1;\nld.global.b32 %r8, [%d6];",
+    ),
+    "atomic on unfilled shared memory": (
+        "uninitialised",
+        "atom.shared.add.u32 %r7, [%r4], 1; // <-",
+        "st.shared.b32 [%r4], 0;\natom.shared.add.u32 %r7, [%r4], 1;",
+    ),
+    "shuffle from a lane that has nothing": (
+        "uninitialised",
+        "setp.lt.u32 %p1, %r1, 8;\n@%p1 mov.u32 %r20, 1;\nshfl.sync.bfly.b32 %r7, %r20, 8, 31, -1;\nst.global.b32 [%d5], %r7; // <-",
+        "mov.u32 %r20, 1;\nshfl.sync.bfly.b32 %r7, %r20, 8, 31, -1;\nst.global.b32 [%d5], %r7;",
+        {"threads": 32},
+    ),
+    "matrix product of an unfilled tile": (
+        "uninitialised",
+        "ld.shared.b32 %r10, [%r4];\nmov.f32 %f1, 0f00000000;\n"
+        "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%f2, %f3, %f4, %f5}, {%r10, %r1}, {%r1}, {%f1, %f1, %f1, %f1};\nst.global.f32 [%d5], %f2; // <-",
+        "st.shared.b32 [%r4], 0;\nld.shared.b32 %r10, [%r4];\nmov.f32 %f1, 0f00000000;\n"
+        "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%f2, %f3, %f4, %f5}, {%r10, %r1}, {%r1}, {%f1, %f1, %f1, %f1};\nst.global.f32 [%d5], %f2;",
+        {"threads": 32},
+    ),
+    "divergent barrier": (
+        "barrier",
+        "setp.lt.u32 %p1, %r1, 16;\n@%p1 bra L;\nst.shared.b32 [%r4], %r1;\nbar.sync 0; // <-\nL:",
+        "setp.lt.u32 %p1, %r1, 32;\n@%p1 bra L;\nst.shared.b32 [%r4], %r1;\nbar.sync 1, 32;\nL:",
+    ),
+    "barrier that other warps do not reach": (
+        "deadlock",
+        "setp.lt.u32 %p1, %r1, 32;\n@%p1 bra L;\nbar.sync 1; // <-\nret;\nL:\nbar.sync 2;",
+        "setp.lt.u32 %p1, %r1, 32;\n@%p1 bra L;\nbar.sync 1;\nret;\nL:\nbar.sync 1;",
+    ),
+    "barrier for more threads than there are": ("deadlock", "bar.sync 1, 128; // <-", "bar.sync 1, 64;"),
+    "matrix product of half a warp": (
+        "barrier",
+        "mov.f32 %f1, 0f00000000;\nsetp.lt.u32 %p1, %r1, 16;\n"
+        "@%p1 mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%f2, %f3, %f4, %f5}, {%r1, %r1}, {%r1}, {%f1, %f1, %f1, %f1}; // <-",
+        "mov.f32 %f1, 0f00000000;\nsetp.lt.u32 %p1, %r1, 16;\n"
+        "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%f2, %f3, %f4, %f5}, {%r1, %r1}, {%r1}, {%f1, %f1, %f1, %f1};",
+        {"threads": 32},
+    ),
+    "endless loop": (
+        "budget",
+        "L:\nadd.u32 %r7, %r1, 1; // <-\nbra L;",
+        "mov.u32 %r7, 0;\nL:\nadd.u32 %r7, %r7, 1;\nsetp.lt.u32 %p1, %r7, 100;\n@%p1 bra L;",
+    ),
+    "trap": ("trap", "setp.eq.u32 %p1, %r1, 7;\n@%p1 trap; // <-", "setp.eq.u32 %p1, %r1, 99;\n@%p1 trap;"),
+    "instruction that is not supported": ("unsupported", "tanh.approx.f16x3 %r7, %r8; // <-", "mov.u32 %r7, %r1;"),
+}
+
+
+def _run(body, extra, seed=0):
+    a, b = torch.arange(64, dtype=torch.int32), torch.zeros(64, dtype=torch.int32)
+    with gpusim.options(budget=5000, seed=seed):
+        run(body, a, b, **extra)
+    return b
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_found_at_its_line(name):
+    kind, body, _, *extra = FAULTS[name]
+    with pytest.raises(gpusim.SimulationError, match=kind) as caught:
+        _run(body, extra[0] if extra else {})
+    assert caught.value.kind == kind
+    if kind != "budget":  # it stops anywhere in the loop
+        # Either access of a race may come second; a deadlock has a line for each warp.
+        line = marked_line(source(body))
+        assert line in (caught.value.line, caught.value.other_line) or f"PTX line {line}" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_its_clean_twin_is_silent_in_every_order(name):
+    _, _, body, *extra = FAULTS[name]
+    results = [_run(body, extra[0] if extra else {}, seed) for seed in range(8)]
+    assert all(torch.equal(r, results[0]) for r in results)
+
+
+CLEAN: dict[str, tuple] = {
+    "lanes store to one address": ("and.b32 %r7, %r1, 0;\nst.global.b32 [%d2], %r7;", {"threads": 32}),
+    "lanes store different values to one address": ("st.shared.b32 [%r2], %r1;", {"threads": 32}),
+    "CTAs write equal values": ("st.global.b32 [%d5], %r1;", {"ctas": 3}),
+    "warps write equal values": ("st.shared.b32 [%r2], 7;\nbar.sync 0;\nld.shared.b32 %r7, [%r2];\nst.global.b32 [%d5], %r7;", {}),
+    "warps read one byte": ("st.shared.b32 [%r4], %r1;\nbar.sync 0;\nld.shared.b32 %r7, [%r2];\nbar.sync 0;\nst.shared.b32 [%r4], %r7;", {"threads": 128}),
+    "early return before a barrier": ("setp.ge.u32 %p1, %r1, 32;\n@%p1 ret;\nst.shared.b32 [%r4], %r1;\nbar.sync 0;\nld.shared.b32 %r7, [%r4];\nst.global.b32 [%d5], %r7;", {}),
+    "early return of some lanes": ("setp.ge.u32 %p1, %r1, 50;\n@%p1 ret;\nst.shared.b32 [%r4], %r1;\nbar.sync 0;\nld.shared.b32 %r7, [%r4];\nst.global.b32 [%d5], %r7;", {}),
+    "unused bytes of a load": (
+        "setp.eq.u32 %p1, %r1, 63;\n.pragma \"used_bytes_mask 0x000f\";\n@%p1 ld.global.v2.b32 {%r10, %r11}, [%d4+-4];\n@%p1 st.global.b32 [%d5], %r10;",
+        {},
+    ),
+    "unused bytes beyond the tensor": (
+        "setp.eq.u32 %p1, %r1, 62;\nadd.u64 %d6, %d4, 8;\nmov.u64 %d7, %d4;\n.pragma \"used_bytes_mask 0x000f\";\n"
+        "@%p1 ld.global.v2.b32 {%r10, %r11}, [%d7];\n@%p1 st.global.b32 [%d5], %r10;",
+        {},
+    ),
+    "masked-off rows stay unfilled": (
+        "setp.lt.u32 %p1, %r1, 40;\n@%p1 st.shared.b32 [%r4], %r1;\nbar.sync 0;\nld.shared.b32 %r7, [%r4];\nselp.b32 %r8, %r7, 0, %p1;\nst.global.b32 [%d5], %r8;",
+        {},
+    ),
+    "masked-off loads": ("setp.lt.u32 %p1, %r1, 10;\nmov.u32 %r7, 0;\n@%p1 ld.global.b32 %r7, [%d4+200];\nst.global.b32 [%d5], %r7;", {}),
+    "zero-filled copy": ("setp.lt.u32 %p1, %r1, 10;\nselp.b32 %r7, 4, 0, %p1;\ncp.async.ca.shared.global [%r4], [%d4+200], 4, %r7;\ncp.async.wait_all;\nld.shared.b32 %r8, [%r4];\nst.global.b32 [%d5], %r8;", {}),
+    "two stages in flight": (
+        "cp.async.ca.shared.global [%r4], [%d4], 4;\ncp.async.commit_group;\ncp.async.ca.shared.global [%r4+256], [%d4], 4;\ncp.async.commit_group;\n"
+        "cp.async.wait_group 1;\nbar.sync 0;\nld.shared.b32 %r7, [%r6];\ncp.async.wait_group 0;\nbar.sync 0;\nld.shared.b32 %r8, [%r6+256];\n"
+        "add.u32 %r7, %r7, %r8;\nst.global.b32 [%d5], %r7;",
+        {},
+    ),
+    "producer and consumer with two named barriers": (
+        "setp.lt.u32 %p1, %r1, 32;\n@%p1 bra P;\nbar.sync 1, 64;\nld.shared.b32 %r7, [%r6];\nbar.sync 2, 64;\nst.global.b32 [%d5], %r7;\nret;\n"
+        "P:\nst.shared.b32 [%r4], %r1;\nbar.sync 1, 64;\nbar.sync 2, 64;\nst.shared.b32 [%r4], %r3;",
+        {},
+    ),
+    "neighbouring halves of a word": ("shl.b32 %r7, %r1, 1;\nadd.u32 %r7, %r7, %r2;\ncvt.u16.u32 %h1, %r1;\nst.shared.b16 [%r7], %h1;\nld.shared.u16 %h2, [%r7];\nst.global.b16 [%d5], %h2;", {}),
+    "lanes merge behind a branch": (
+        "mov.u32 %r7, 0;\nsetp.lt.u32 %p1, %r1, 5;\n@%p1 bra A;\nadd.u32 %r7, %r7, 1;\nbra B;\nA:\nadd.u32 %r7, %r7, 2;\nB:\n"
+        "shfl.sync.bfly.b32 %r8, %r7, 1, 31, -1;\nbar.sync 0;\nst.global.b32 [%d5], %r8;",
+        {},
+    ),
+    "loops of different lengths": (
+        "and.b32 %r10, %r1, 7;\nmov.u32 %r7, 0;\nL:\nadd.u32 %r7, %r7, 1;\nsetp.le.u32 %p1, %r7, %r10;\n@%p1 bra L;\nbar.sync 0;\nst.global.b32 [%d5], %r7;",
+        {},
+    ),
+    "shuffle in a part of the warp": ("setp.lt.u32 %p1, %r1, 16;\nmov.u32 %r8, 0;\n@!%p1 bra L;\nshfl.sync.bfly.b32 %r8, %r1, 1, 31, 65535;\nL:\nst.global.b32 [%d5], %r8;", {"threads": 32}),
+    "sum over atomics": ("st.shared.b32 [%r4], 0;\nbar.sync 0;\natom.shared.add.u32 %r7, [%r2], 1;\nbar.sync 0;\nld.shared.b32 %r8, [%r2];\nst.global.b32 [%d5], %r8;", {}),
+    "atomics of several CTAs": ("red.global.add.u32 [%d2], 1;", {"ctas": 4}),
+    "a register of other bytes is not used": ("st.shared.b16 [%r4], 5;\nld.shared.b32 %r7, [%r4];\nmov.b32 {%h1, %h2}, %r7;\nst.global.b16 [%d5], %h1;", {}),
+    "permuted bytes": ("st.shared.b16 [%r4], 5;\nld.shared.b32 %r7, [%r4];\nprmt.b32 %r8, %r7, %r1, 16912;\nprmt.b32 %r8, %r7, 0, 17424;\nst.global.b32 [%d5], %r8;", {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CLEAN)
+def test_what_only_looks_faulty_is_silent(name):
+    body, extra = CLEAN[name]
+    results = [_run(body, extra, seed) for seed in range(8)]
+    assert all(torch.equal(r, results[0]) for r in results)
+
+
+def test_equal_values_of_two_ctas_are_an_error_where_asked():
+    body, extra = CLEAN["CTAs write equal values"]
+    with pytest.raises(gpusim.RaceError), gpusim.options(races="strict"):
+        _run(body, extra)
+
+
+def test_outputs_must_be_written_and_not_be_read_before():
+    a, b = torch.arange(64, dtype=torch.int32), torch.zeros(64, dtype=torch.int32)
+    with gpusim.options(outputs=[b]):
+        with pytest.raises(gpusim.UninitialisedError, match=r"4 of 256 bytes.*never written"):
+            run("setp.lt.u32 %p1, %r1, 63;\n@%p1 st.global.b32 [%d5], %r1;", a, b)
+        with pytest.raises(gpusim.UninitialisedError, match="a store to global memory"):
+            run("ld.global.b32 %r7, [%d5];\nst.global.b32 [%d5], %r7;", a, b)
+        run("st.global.b32 [%d5], %r1;", a, b)
+    assert torch.equal(a, b)
+
+
+def test_bounds_may_be_those_of_the_view():
+    a = torch.arange(256, dtype=torch.int32)
+    rows = a.view(4, 64)[:, :32]
+    b = torch.zeros(64, dtype=torch.int32)
+    body = "ld.global.b32 %r7, [%d4];\nst.global.b32 [%d5], %r7;"
+    run(body, rows, b)
+    with pytest.raises(gpusim.OutOfBoundsError), gpusim.options(bounds="view"):
+        run(body, rows, b)
+
+
+def test_unwritten_bytes_may_be_an_error_at_the_load():
+    body = "ld.shared.b32 %r7, [%r4]; // <-"
+    _run(body, {})
+    with pytest.raises(gpusim.UninitialisedError), gpusim.options(uninit="load"):
+        _run(body, {})
+
+
+def test_faults_can_be_collected():
+    a, b = torch.arange(64, dtype=torch.int32), torch.zeros(64, dtype=torch.int32)
+    body = "ld.global.b32 %r7, [%d4+4];\nst.global.b32 [%d5+8], %r1;\nst.global.b32 [%d5], %r20;"
+    with gpusim.options(on_error="collect"):
+        report = run(body, a, b)
+    assert [e.kind for e in sorted(report.errors, key=lambda e: e.line)] == ["out of bounds", "out of bounds", "uninitialised"]
