@@ -373,4 +373,8 @@ def test_faults_can_be_collected():
     body = "ld.global.b32 %r7, [%d4+4];\nst.global.b32 [%d5+8], %r1;\nst.global.b32 [%d5], %r20;"
     with gpusim.options(on_error="collect"):
         report = run(body, a, b)
-    assert [e.kind for e in sorted(report.errors, key=lambda e: e.line)] == ["out of bounds", "out of bounds", "uninitialised"]
+    assert [e.kind for e in sorted(report.errors, key=lambda e: e.line)] == [
+        "out of bounds",
+        "out of bounds",
+        "uninitialised",
+    ]

@@ -880,7 +880,7 @@ bool decode_alu(Decoder& d, const Instruction& in, Op& op) {
     op.rule = Rule::kSelect;
     return true;
   }
-  if (type == "pred") {
+  if (type == "pred" && (o == "and" || o == "or" || o == "xor" || o == "not")) {
     std::vector<Reg> src;
     for (size_t i = 1; i < in.operands.size(); ++i) {
       if (in.operands[i].negated) Decoder::fail("a negated predicate as an operand");
