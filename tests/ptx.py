@@ -57,12 +57,19 @@ def run(
     )
 
 
+# PTX type: the tensor's dtype, the registers' letter, bytes.
 _TYPES = {
-    "u16": (torch.uint16, "h", 2), "s16": (torch.int16, "h", 2), "b16": (torch.uint16, "h", 2), "f16": (torch.float16, "h", 2),
-    "bf16": (torch.bfloat16, "h", 2), "u32": (torch.uint32, "r", 4), "s32": (torch.int32, "r", 4), "b32": (torch.uint32, "r", 4),
-    "f16x2": (torch.uint32, "r", 4), "bf16x2": (torch.uint32, "r", 4), "f32": (torch.float32, "f", 4), "u64": (torch.uint64, "d", 8),
-    "s64": (torch.int64, "d", 8), "b64": (torch.uint64, "d", 8), "f64": (torch.float64, "e", 8),
-}  # fmt: skip
+    **{kind: (torch.uint16, "h", 2) for kind in ("u16", "b16")},
+    **{kind: (torch.uint32, "r", 4) for kind in ("u32", "b32", "f16x2", "bf16x2")},
+    **{kind: (torch.uint64, "d", 8) for kind in ("u64", "b64")},
+    "s16": (torch.int16, "h", 2),
+    "s32": (torch.int32, "r", 4),
+    "s64": (torch.int64, "d", 8),
+    "f16": (torch.float16, "h", 2),
+    "bf16": (torch.bfloat16, "h", 2),
+    "f32": (torch.float32, "f", 4),
+    "f64": (torch.float64, "e", 8),
+}
 
 
 def apply(instruction: str, result: str, sources: list[tuple[str, torch.Tensor]]) -> torch.Tensor:

@@ -87,17 +87,17 @@ inline float value(bf16 v) { return to_float(v); }
 inline float value(float v) { return v; }
 inline double value(double v) { return v; }
 
-#define EVA02_COMPARE(name, expression)                                                             \
-  if (base == name) {                                                                               \
-    if (unordered)                                                                                  \
-      return &compare<T, decltype([](T p, T q) {                                                    \
-               const auto a = value(p), b = value(q);                                               \
-               return a != a || b != b || (expression);                                             \
-             })>;                                                                                   \
-    return &compare<T, decltype([](T p, T q) {                                                      \
-             const auto a = value(p), b = value(q);                                                 \
-             return a == a && b == b && (expression);                                               \
-           })>;                                                                                     \
+#define EVA02_COMPARE(name, expression)                          \
+  if (base == name) {                                            \
+    if (unordered)                                               \
+      return &compare<T, decltype([](T p, T q) {                 \
+                        const auto a = value(p), b = value(q);   \
+                        return a != a || b != b || (expression); \
+                      })>;                                       \
+    return &compare<T, decltype([](T p, T q) {                   \
+                      const auto a = value(p), b = value(q);     \
+                      return a == a && b == b && (expression);   \
+                    })>;                                         \
   }
 
 template <class T>
@@ -201,9 +201,11 @@ template <class T>
 Exec integer_exec(const Instruction& in) {
   using U = std::make_unsigned_t<T>;
   const std::string& o = in.opcode;
-  if (o == "add") return in.has("sat") ? exec_of<T, T, T>([](T a, T b) { return saturated_sum<T>(a, b); })
-                                        : exec_of<T, T, T>([](T a, T b) { return wrapped_sum<T>(a, b); });
-  if (o == "sub") return exec_of<T, T, T>([](T a, T b) { return static_cast<T>(static_cast<U>(a) - static_cast<U>(b)); });
+  if (o == "add")
+    return in.has("sat") ? exec_of<T, T, T>([](T a, T b) { return saturated_sum<T>(a, b); })
+                         : exec_of<T, T, T>([](T a, T b) { return wrapped_sum<T>(a, b); });
+  if (o == "sub")
+    return exec_of<T, T, T>([](T a, T b) { return static_cast<T>(static_cast<U>(a) - static_cast<U>(b)); });
   if (o == "mul" || o == "mad") {
     const bool add = o == "mad";
     if (in.has("wide")) {
@@ -229,7 +231,8 @@ Exec integer_exec(const Instruction& in) {
   if (o == "max") return exec_of<T, T, T>([](T a, T b) { return std::max(a, b); });
   if (o == "abs") return exec_of<T, T>([](T a) { return a < 0 ? static_cast<T>(0 - static_cast<U>(a)) : a; });
   if (o == "neg") return exec_of<T, T>([](T a) { return static_cast<T>(0 - static_cast<U>(a)); });
-  if (o == "sad") return exec_of<T, T, T, T>([](T a, T b, T c) {
+  if (o == "sad")
+    return exec_of<T, T, T, T>([](T a, T b, T c) {
       const U d = a < b ? static_cast<U>(b) - static_cast<U>(a) : static_cast<U>(a) - static_cast<U>(b);
       return static_cast<T>(static_cast<U>(c) + d);
     });
@@ -324,30 +327,46 @@ template <class T>
 Exec half_exec(const Instruction& in, bool packed) {
   const std::string& o = in.opcode;
   if (in.has("sat") && o != "cvt") {
-    if (o == "add") return half2<T>(packed, [](T a, T b) {
+    if (o == "add")
+      return half2<T>(packed, [](T a, T b) {
         const double v = static_cast<double>(to_float(a)) + to_float(b);
         return T{v != v ? u16{0} : Half<T>::round(std::clamp(v, 0.0, 1.0))};
       });
     return nullptr;
   }
-  if (o == "add") return half2<T>(packed, [](T a, T b) { return T{Half<T>::round(static_cast<double>(to_float(a)) + to_float(b))}; });
-  if (o == "sub") return half2<T>(packed, [](T a, T b) { return T{Half<T>::round(static_cast<double>(to_float(a)) - to_float(b))}; });
-  if (o == "mul") return half2<T>(packed, [](T a, T b) { return T{Half<T>::round(static_cast<double>(to_float(a)) * to_float(b))}; });
+  if (o == "add")
+    return half2<T>(packed, [](T a, T b) { return T{Half<T>::round(static_cast<double>(to_float(a)) + to_float(b))}; });
+  if (o == "sub")
+    return half2<T>(packed, [](T a, T b) { return T{Half<T>::round(static_cast<double>(to_float(a)) - to_float(b))}; });
+  if (o == "mul")
+    return half2<T>(packed, [](T a, T b) { return T{Half<T>::round(static_cast<double>(to_float(a)) * to_float(b))}; });
   if (o == "fma") {
-    if (in.has("relu")) return half3<T>(packed, [](T a, T b, T c) {
+    if (in.has("relu"))
+      return half3<T>(packed, [](T a, T b, T c) {
         const double v = odd_fma(to_float(a), to_float(b), to_float(c));
         return T{v != v ? u16{0x7fff} : v > 0 ? Half<T>::round(v) : u16{0}};
       });
-    return half3<T>(packed, [](T a, T b, T c) { return T{Half<T>::round(odd_fma(to_float(a), to_float(b), to_float(c)))}; });
+    return half3<T>(packed,
+                    [](T a, T b, T c) { return T{Half<T>::round(odd_fma(to_float(a), to_float(b), to_float(c)))}; });
   }
-  if (o == "neg") return half1<T>(packed, [](T a) { return T{static_cast<u16>(to_float(a) != to_float(a) ? 0x7fff : a.bits ^ 0x8000)}; });
-  if (o == "abs") return half1<T>(packed, [](T a) { return T{static_cast<u16>(to_float(a) != to_float(a) ? 0x7fff : a.bits & 0x7fff)}; });
-  if (o == "min" && in.has("NaN")) return half2<T>(packed, [](T a, T b) { return T{Half<T>::round(ptx_min(to_float(a), to_float(b), true))}; });
-  if (o == "min") return half2<T>(packed, [](T a, T b) { return T{Half<T>::round(ptx_min(to_float(a), to_float(b), false))}; });
-  if (o == "max" && in.has("NaN")) return half2<T>(packed, [](T a, T b) { return T{Half<T>::round(ptx_max(to_float(a), to_float(b), true))}; });
-  if (o == "max") return half2<T>(packed, [](T a, T b) { return T{Half<T>::round(ptx_max(to_float(a), to_float(b), false))}; });
-  if (o == "ex2") return half1<T>(packed, [](T a) { return T{Half<T>::round(std::exp2(static_cast<double>(to_float(a))))}; });
-  if (o == "tanh") return half1<T>(packed, [](T a) { return T{Half<T>::round(std::tanh(static_cast<double>(to_float(a))))}; });
+  if (o == "neg")
+    return half1<T>(packed,
+                    [](T a) { return T{static_cast<u16>(to_float(a) != to_float(a) ? 0x7fff : a.bits ^ 0x8000)}; });
+  if (o == "abs")
+    return half1<T>(packed,
+                    [](T a) { return T{static_cast<u16>(to_float(a) != to_float(a) ? 0x7fff : a.bits & 0x7fff)}; });
+  if (o == "min" && in.has("NaN"))
+    return half2<T>(packed, [](T a, T b) { return T{Half<T>::round(ptx_min(to_float(a), to_float(b), true))}; });
+  if (o == "min")
+    return half2<T>(packed, [](T a, T b) { return T{Half<T>::round(ptx_min(to_float(a), to_float(b), false))}; });
+  if (o == "max" && in.has("NaN"))
+    return half2<T>(packed, [](T a, T b) { return T{Half<T>::round(ptx_max(to_float(a), to_float(b), true))}; });
+  if (o == "max")
+    return half2<T>(packed, [](T a, T b) { return T{Half<T>::round(ptx_max(to_float(a), to_float(b), false))}; });
+  if (o == "ex2")
+    return half1<T>(packed, [](T a) { return T{Half<T>::round(std::exp2(static_cast<double>(to_float(a))))}; });
+  if (o == "tanh")
+    return half1<T>(packed, [](T a) { return T{Half<T>::round(std::tanh(static_cast<double>(to_float(a))))}; });
   return nullptr;
 }
 
@@ -375,20 +394,41 @@ Exec float_exec(const Instruction& in) {
   const bool nan = in.has("NaN"), sat = in.has("sat");
   using F = float;
   if (sat) {
-    if (o == "add") return exec_of<F, F, F>([](F a, F b) { const F v = in_f<Z>(a) + in_f<Z>(b); return v > 0 ? std::min(v, 1.f) : 0.f; });
-    if (o == "mul") return exec_of<F, F, F>([](F a, F b) { const F v = in_f<Z>(a) * in_f<Z>(b); return v > 0 ? std::min(v, 1.f) : 0.f; });
-    if (o == "fma") return exec_of<F, F, F, F>([](F a, F b, F c) { const F v = std::fma(in_f<Z>(a), in_f<Z>(b), in_f<Z>(c)); return v > 0 ? std::min(v, 1.f) : 0.f; });
+    if (o == "add")
+      return exec_of<F, F, F>([](F a, F b) {
+        const F v = in_f<Z>(a) + in_f<Z>(b);
+        return v > 0 ? std::min(v, 1.f) : 0.f;
+      });
+    if (o == "mul")
+      return exec_of<F, F, F>([](F a, F b) {
+        const F v = in_f<Z>(a) * in_f<Z>(b);
+        return v > 0 ? std::min(v, 1.f) : 0.f;
+      });
+    if (o == "fma")
+      return exec_of<F, F, F, F>([](F a, F b, F c) {
+        const F v = std::fma(in_f<Z>(a), in_f<Z>(b), in_f<Z>(c));
+        return v > 0 ? std::min(v, 1.f) : 0.f;
+      });
     return nullptr;
   }
-#define EVA02_DIRECTED(R)                                                                                              \
-  if (mode == R) {                                                                                                     \
-    if (o == "add") return exec_of<F, F, F>([](F a, F b) { return out_f<Z>(f32_of(odd_fma(in_f<Z>(a), 1.0, in_f<Z>(b)), R)); });        \
-    if (o == "sub") return exec_of<F, F, F>([](F a, F b) { return out_f<Z>(f32_of(odd_fma(in_f<Z>(a), 1.0, -in_f<Z>(b)), R)); });       \
-    if (o == "mul") return exec_of<F, F, F>([](F a, F b) { return out_f<Z>(f32_of(static_cast<double>(in_f<Z>(a)) * in_f<Z>(b), R)); }); \
-    if (o == "fma" || o == "mad") return exec_of<F, F, F, F>([](F a, F b, F c) { return out_f<Z>(f32_of(odd_fma(in_f<Z>(a), in_f<Z>(b), in_f<Z>(c)), R)); }); \
-    if (o == "div") return exec_of<F, F, F>([](F a, F b) { return out_f<Z>(f32_of(static_cast<double>(in_f<Z>(a)) / in_f<Z>(b), R)); }); \
-    if (o == "rcp") return exec_of<F, F>([](F a) { return out_f<Z>(f32_of(1.0 / in_f<Z>(a), R)); });                  \
-    if (o == "sqrt") return exec_of<F, F>([](F a) { return out_f<Z>(f32_of(std::sqrt(static_cast<double>(in_f<Z>(a))), R)); }); \
+#define EVA02_DIRECTED(R)                                                                                           \
+  if (mode == R) {                                                                                                  \
+    if (o == "add")                                                                                                 \
+      return exec_of<F, F, F>([](F a, F b) { return out_f<Z>(f32_of(odd_fma(in_f<Z>(a), 1.0, in_f<Z>(b)), R)); });  \
+    if (o == "sub")                                                                                                 \
+      return exec_of<F, F, F>([](F a, F b) { return out_f<Z>(f32_of(odd_fma(in_f<Z>(a), 1.0, -in_f<Z>(b)), R)); }); \
+    if (o == "mul")                                                                                                 \
+      return exec_of<F, F, F>(                                                                                      \
+          [](F a, F b) { return out_f<Z>(f32_of(static_cast<double>(in_f<Z>(a)) * in_f<Z>(b), R)); });              \
+    if (o == "fma" || o == "mad")                                                                                   \
+      return exec_of<F, F, F, F>(                                                                                   \
+          [](F a, F b, F c) { return out_f<Z>(f32_of(odd_fma(in_f<Z>(a), in_f<Z>(b), in_f<Z>(c)), R)); });          \
+    if (o == "div")                                                                                                 \
+      return exec_of<F, F, F>(                                                                                      \
+          [](F a, F b) { return out_f<Z>(f32_of(static_cast<double>(in_f<Z>(a)) / in_f<Z>(b), R)); });              \
+    if (o == "rcp") return exec_of<F, F>([](F a) { return out_f<Z>(f32_of(1.0 / in_f<Z>(a), R)); });                \
+    if (o == "sqrt")                                                                                                \
+      return exec_of<F, F>([](F a) { return out_f<Z>(f32_of(std::sqrt(static_cast<double>(in_f<Z>(a))), R)); });    \
   }
   EVA02_DIRECTED(Round::kZero)
   EVA02_DIRECTED(Round::kDown)
@@ -397,22 +437,33 @@ Exec float_exec(const Instruction& in) {
   if (o == "add") return exec_of<F, F, F>([](F a, F b) { return out_f<Z>(in_f<Z>(a) + in_f<Z>(b)); });
   if (o == "sub") return exec_of<F, F, F>([](F a, F b) { return out_f<Z>(in_f<Z>(a) - in_f<Z>(b)); });
   if (o == "mul") return exec_of<F, F, F>([](F a, F b) { return out_f<Z>(in_f<Z>(a) * in_f<Z>(b)); });
-  if (o == "fma" || o == "mad") return exec_of<F, F, F, F>([](F a, F b, F c) { return out_f<Z>(__builtin_fmaf(in_f<Z>(a), in_f<Z>(b), in_f<Z>(c))); });
+  if (o == "fma" || o == "mad")
+    return exec_of<F, F, F, F>(
+        [](F a, F b, F c) { return out_f<Z>(__builtin_fmaf(in_f<Z>(a), in_f<Z>(b), in_f<Z>(c))); });
   if (o == "div") return exec_of<F, F, F>([](F a, F b) { return out_f<Z>(in_f<Z>(a) / in_f<Z>(b)); });
   if (o == "neg") return exec_of<F, F>([](F a) { return out_f<Z>(-a); });
   if (o == "abs") return exec_of<F, F>([](F a) { return out_f<Z>(std::fabs(a)); });
-  if (o == "min") return nan ? exec_of<F, F, F>([](F a, F b) { return out_f<Z>(ptx_min(in_f<Z>(a), in_f<Z>(b), true)); })
-                             : exec_of<F, F, F>([](F a, F b) { return out_f<Z>(ptx_min(in_f<Z>(a), in_f<Z>(b), false)); });
-  if (o == "max") return nan ? exec_of<F, F, F>([](F a, F b) { return out_f<Z>(ptx_max(in_f<Z>(a), in_f<Z>(b), true)); })
-                             : exec_of<F, F, F>([](F a, F b) { return out_f<Z>(ptx_max(in_f<Z>(a), in_f<Z>(b), false)); });
+  if (o == "min")
+    return nan ? exec_of<F, F, F>([](F a, F b) { return out_f<Z>(ptx_min(in_f<Z>(a), in_f<Z>(b), true)); })
+               : exec_of<F, F, F>([](F a, F b) { return out_f<Z>(ptx_min(in_f<Z>(a), in_f<Z>(b), false)); });
+  if (o == "max")
+    return nan ? exec_of<F, F, F>([](F a, F b) { return out_f<Z>(ptx_max(in_f<Z>(a), in_f<Z>(b), true)); })
+               : exec_of<F, F, F>([](F a, F b) { return out_f<Z>(ptx_max(in_f<Z>(a), in_f<Z>(b), false)); });
   if (o == "rcp") return exec_of<F, F>([](F a) { return out_f<Z>(1.f / in_f<Z>(a)); });
   if (o == "sqrt") return exec_of<F, F>([](F a) { return out_f<Z>(std::sqrt(in_f<Z>(a))); });
-  if (o == "rsqrt") return exec_of<F, F>([](F a) { return out_f<Z>(static_cast<float>(1.0 / std::sqrt(static_cast<double>(in_f<Z>(a))))); });
-  if (o == "ex2") return exec_of<F, F>([](F a) { return out_f<Z>(static_cast<float>(std::exp2(static_cast<double>(in_f<Z>(a))))); });
-  if (o == "lg2") return exec_of<F, F>([](F a) { return out_f<Z>(static_cast<float>(std::log2(static_cast<double>(in_f<Z>(a))))); });
-  if (o == "sin") return exec_of<F, F>([](F a) { return out_f<Z>(static_cast<float>(std::sin(static_cast<double>(in_f<Z>(a))))); });
-  if (o == "cos") return exec_of<F, F>([](F a) { return out_f<Z>(static_cast<float>(std::cos(static_cast<double>(in_f<Z>(a))))); });
-  if (o == "tanh") return exec_of<F, F>([](F a) { return out_f<Z>(static_cast<float>(std::tanh(static_cast<double>(in_f<Z>(a))))); });
+  if (o == "rsqrt")
+    return exec_of<F, F>(
+        [](F a) { return out_f<Z>(static_cast<float>(1.0 / std::sqrt(static_cast<double>(in_f<Z>(a))))); });
+  if (o == "ex2")
+    return exec_of<F, F>([](F a) { return out_f<Z>(static_cast<float>(std::exp2(static_cast<double>(in_f<Z>(a))))); });
+  if (o == "lg2")
+    return exec_of<F, F>([](F a) { return out_f<Z>(static_cast<float>(std::log2(static_cast<double>(in_f<Z>(a))))); });
+  if (o == "sin")
+    return exec_of<F, F>([](F a) { return out_f<Z>(static_cast<float>(std::sin(static_cast<double>(in_f<Z>(a))))); });
+  if (o == "cos")
+    return exec_of<F, F>([](F a) { return out_f<Z>(static_cast<float>(std::cos(static_cast<double>(in_f<Z>(a))))); });
+  if (o == "tanh")
+    return exec_of<F, F>([](F a) { return out_f<Z>(static_cast<float>(std::tanh(static_cast<double>(in_f<Z>(a))))); });
   if (o == "copysign") return exec_of<F, F, F>([](F a, F b) { return std::copysign(b, a); });
   return nullptr;
 }
@@ -421,7 +472,8 @@ Exec double_exec(const Instruction& in) {
   using F = double;
   const std::string& o = in.opcode;
   if (rounding(in) != Round::kNearest) {
-    if (o == "div" && in.has("rz")) return exec_of<F, F, F>([](F a, F b) {
+    if (o == "div" && in.has("rz"))
+      return exec_of<F, F, F>([](F a, F b) {
         const F q = a / b;
         if (!std::isfinite(q) || q == 0) return canonical(q);
         const F r = std::fma(-q, b, a);  // sign tells on which side of the quotient q lies
@@ -433,7 +485,8 @@ Exec double_exec(const Instruction& in) {
   if (o == "add") return exec_of<F, F, F>([](F a, F b) { return canonical(a + b); });
   if (o == "sub") return exec_of<F, F, F>([](F a, F b) { return canonical(a - b); });
   if (o == "mul") return exec_of<F, F, F>([](F a, F b) { return canonical(a * b); });
-  if (o == "fma" || o == "mad") return exec_of<F, F, F, F>([](F a, F b, F c) { return canonical(__builtin_fma(a, b, c)); });
+  if (o == "fma" || o == "mad")
+    return exec_of<F, F, F, F>([](F a, F b, F c) { return canonical(__builtin_fma(a, b, c)); });
   if (o == "div") return exec_of<F, F, F>([](F a, F b) { return canonical(a / b); });
   if (o == "neg") return exec_of<F, F>([](F a) { return canonical(-a); });
   if (o == "abs") return exec_of<F, F>([](F a) { return canonical(std::fabs(a)); });
@@ -469,7 +522,8 @@ template <class To, class From, Round R>
 Exec float_to_integer_r() {
   return &map<decltype([](From v) {
                 const double x = value(v);
-                if (x != x) return sizeof(From) == 8 || sizeof(To) == 8 ? static_cast<To>(1ull << (8 * sizeof(To) - 1)) : To{0};
+                if (x != x)
+                  return sizeof(From) == 8 || sizeof(To) == 8 ? static_cast<To>(1ull << (8 * sizeof(To) - 1)) : To{0};
                 return saturate<To>(x, R);
               }),
               To, From>;
@@ -490,7 +544,8 @@ float integer_as_float(From v) {
   // 64-bit integers do not fit a double: round by hand.
   const float nearest = static_cast<float>(v);
   const long double exact = static_cast<long double>(v), got = static_cast<long double>(nearest);
-  const bool down = R == Round::kDown || (R == Round::kZero && exact > 0), up = R == Round::kUp || (R == Round::kZero && exact < 0);
+  const bool down = R == Round::kDown || (R == Round::kZero && exact > 0),
+             up = R == Round::kUp || (R == Round::kZero && exact < 0);
   if (down && got > exact) return std::nextafter(nearest, -INFINITY);
   if (up && got < exact) return std::nextafter(nearest, INFINITY);
   return nearest;
@@ -507,7 +562,8 @@ Exec from_integer(const std::string& to, const Instruction& in) {
       default: return exec_of<float, From>([](From v) { return static_cast<float>(v); });
     }
   }
-  if (to == "f64" && (r == Round::kNearest || sizeof(From) < 8)) return exec_of<double, From>([](From v) { return static_cast<double>(v); });
+  if (to == "f64" && (r == Round::kNearest || sizeof(From) < 8))
+    return exec_of<double, From>([](From v) { return static_cast<double>(v); });
   if (r == Round::kNearest && sizeof(From) <= 4) {
     if (to == "f16") return exec_of<f16, From>([](From v) { return f16{f16_bits(static_cast<double>(v))}; });
     if (to == "bf16") return exec_of<bf16, From>([](From v) { return bf16{bf16_bits(static_cast<double>(v))}; });
@@ -532,8 +588,15 @@ Exec to_integer(const std::string& from, const Instruction& in) {
   if (from == "u64") return integer_pair<To, u64>(sat);
   const Round r = rounding(in);
   if (in.has("ftz") && from == "f32") {
-    if (r == Round::kNearest) return exec_of<To, float>([](float v) { return v != v ? (sizeof(To) == 8 ? static_cast<To>(1ull << 63) : To{0}) : saturate<To>(flush(v), Round::kNearest); });
-    if (r == Round::kZero) return exec_of<To, float>([](float v) { return v != v ? (sizeof(To) == 8 ? static_cast<To>(1ull << 63) : To{0}) : saturate<To>(flush(v), Round::kZero); });
+    if (r == Round::kNearest)
+      return exec_of<To, float>([](float v) {
+        return v != v ? (sizeof(To) == 8 ? static_cast<To>(1ull << 63) : To{0})
+                      : saturate<To>(flush(v), Round::kNearest);
+      });
+    if (r == Round::kZero)
+      return exec_of<To, float>([](float v) {
+        return v != v ? (sizeof(To) == 8 ? static_cast<To>(1ull << 63) : To{0}) : saturate<To>(flush(v), Round::kZero);
+      });
     return nullptr;
   }
   if (from == "f32") return float_to_integer<To, float>(r);
@@ -547,13 +610,21 @@ template <Round R>
 Exec float_to_half(const std::string& to, const std::string& from) {
   if (to == "f16" && from == "f64") return exec_of<f16, double>([](double v) { return f16{f16_bits(v, R)}; });
   if (from != "f32") return nullptr;
-  if (to == "f16") return exec_of<f16, float>([](float v) { return f16{R == Round::kNearest ? f16_bits_of_float(v) : f16_bits(v, R)}; });
-  if (to == "bf16") return exec_of<bf16, float>([](float v) { return bf16{R == Round::kNearest ? bf16_bits_of_float(v) : bf16_bits(v, R)}; });
-  if (to == "f16x2") return exec_of<u32, float, float>([](float a, float b) {
-      return static_cast<u32>(R == Round::kNearest ? f16_bits_of_float(a) : f16_bits(a, R)) << 16 | (R == Round::kNearest ? f16_bits_of_float(b) : f16_bits(b, R));
+  if (to == "f16")
+    return exec_of<f16, float>(
+        [](float v) { return f16{R == Round::kNearest ? f16_bits_of_float(v) : f16_bits(v, R)}; });
+  if (to == "bf16")
+    return exec_of<bf16, float>(
+        [](float v) { return bf16{R == Round::kNearest ? bf16_bits_of_float(v) : bf16_bits(v, R)}; });
+  if (to == "f16x2")
+    return exec_of<u32, float, float>([](float a, float b) {
+      return static_cast<u32>(R == Round::kNearest ? f16_bits_of_float(a) : f16_bits(a, R)) << 16 |
+             (R == Round::kNearest ? f16_bits_of_float(b) : f16_bits(b, R));
     });
-  if (to == "bf16x2") return exec_of<u32, float, float>([](float a, float b) {
-      return static_cast<u32>(R == Round::kNearest ? bf16_bits_of_float(a) : bf16_bits(a, R)) << 16 | (R == Round::kNearest ? bf16_bits_of_float(b) : bf16_bits(b, R));
+  if (to == "bf16x2")
+    return exec_of<u32, float, float>([](float a, float b) {
+      return static_cast<u32>(R == Round::kNearest ? bf16_bits_of_float(a) : bf16_bits(a, R)) << 16 |
+             (R == Round::kNearest ? bf16_bits_of_float(b) : bf16_bits(b, R));
     });
   return nullptr;
 }
@@ -586,7 +657,8 @@ Exec conversion(const Instruction& in, const std::string& to, const std::string&
   if (from == "u32") return from_integer<u32>(to, in);
   if (from == "u64") return from_integer<u64>(to, in);
   if (to == "tf32" && from == "f32") {  // low 13 bits are dropped, after rounding
-    if (in.has("rna")) return exec_of<u32, float>([](float v) {
+    if (in.has("rna"))
+      return exec_of<u32, float>([](float v) {
         const u32 u = bits_as<u32>(v);
         return v != v ? kNan32 : std::isinf(v) ? u : (u + 0x1000) & ~0x1fffu;
       });
@@ -594,9 +666,11 @@ Exec conversion(const Instruction& in, const std::string& to, const std::string&
   }
   if (to == "f32" && from == "f16") return exec_of<float, f16>([](f16 v) { return canonical(to_float(v)); });
   if (to == "f32" && from == "bf16") return exec_of<float, bf16>([](bf16 v) { return canonical(to_float(v)); });
-  if (to == "f64" && from == "f32") return in.has("ftz") ? exec_of<double, float>([](float v) { return canonical(static_cast<double>(flush(v))); })
-                                                          : exec_of<double, float>([](float v) { return canonical(static_cast<double>(v)); });
-  if (to == "f64" && from == "f16") return exec_of<double, f16>([](f16 v) { return canonical(static_cast<double>(to_float(v))); });
+  if (to == "f64" && from == "f32")
+    return in.has("ftz") ? exec_of<double, float>([](float v) { return canonical(static_cast<double>(flush(v))); })
+                         : exec_of<double, float>([](float v) { return canonical(static_cast<double>(v)); });
+  if (to == "f64" && from == "f16")
+    return exec_of<double, f16>([](f16 v) { return canonical(static_cast<double>(to_float(v))); });
   if (to == "f32" && from == "f64") {
     switch (r) {
       case Round::kZero: return exec_of<float, double>([](double v) { return f32_of(v, Round::kZero); });
@@ -609,12 +683,20 @@ Exec conversion(const Instruction& in, const std::string& to, const std::string&
     if (in.has("sat")) return exec_of<float, float>([](float v) { return v > 0 ? std::min(v, 1.f) : 0.f; });
     const bool z = in.has("ftz");
     if (to_integral) {
-      if (r == Round::kZero) return z ? exec_of<float, float>([](float v) { return integral<float, Round::kZero>(flush(v)); }) : exec_of<float, float>([](float v) { return integral<float, Round::kZero>(v); });
-      if (r == Round::kDown) return z ? exec_of<float, float>([](float v) { return integral<float, Round::kDown>(flush(v)); }) : exec_of<float, float>([](float v) { return integral<float, Round::kDown>(v); });
-      if (r == Round::kUp) return z ? exec_of<float, float>([](float v) { return integral<float, Round::kUp>(flush(v)); }) : exec_of<float, float>([](float v) { return integral<float, Round::kUp>(v); });
-      return z ? exec_of<float, float>([](float v) { return integral<float, Round::kNearest>(flush(v)); }) : exec_of<float, float>([](float v) { return integral<float, Round::kNearest>(v); });
+      if (r == Round::kZero)
+        return z ? exec_of<float, float>([](float v) { return integral<float, Round::kZero>(flush(v)); })
+                 : exec_of<float, float>([](float v) { return integral<float, Round::kZero>(v); });
+      if (r == Round::kDown)
+        return z ? exec_of<float, float>([](float v) { return integral<float, Round::kDown>(flush(v)); })
+                 : exec_of<float, float>([](float v) { return integral<float, Round::kDown>(v); });
+      if (r == Round::kUp)
+        return z ? exec_of<float, float>([](float v) { return integral<float, Round::kUp>(flush(v)); })
+                 : exec_of<float, float>([](float v) { return integral<float, Round::kUp>(v); });
+      return z ? exec_of<float, float>([](float v) { return integral<float, Round::kNearest>(flush(v)); })
+               : exec_of<float, float>([](float v) { return integral<float, Round::kNearest>(v); });
     }
-    return z ? exec_of<float, float>([](float v) { return canonical(flush(v)); }) : exec_of<float, float>([](float v) { return canonical(v); });
+    return z ? exec_of<float, float>([](float v) { return canonical(flush(v)); })
+             : exec_of<float, float>([](float v) { return canonical(v); });
   }
   if (to == "f64" && from == "f64" && to_integral) {
     if (r == Round::kZero) return exec_of<double, double>([](double v) { return integral<double, Round::kZero>(v); });
@@ -639,14 +721,16 @@ Exec bit_exec(const std::string& o) {
   if (o == "shl") return exec_of<T, T, u32>([](T a, u32 n) { return shift_left<T>(a, n); });
   if (o == "shr") return exec_of<T, T, u32>([](T a, u32 n) { return shift_right<T>(a, n); });
   if constexpr (sizeof(T) >= 4) {
-    if (o == "brev") return exec_of<T, T>([](T a) {
+    if (o == "brev")
+      return exec_of<T, T>([](T a) {
         T r = 0;
         for (u32 i = 0; i < 8 * sizeof(T); ++i) r |= (a >> i & 1) << (8 * sizeof(T) - 1 - i);
         return r;
       });
     if (o == "popc") return exec_of<u32, T>([](T a) { return static_cast<u32>(std::popcount(a)); });
     if (o == "clz") return exec_of<u32, T>([](T a) { return static_cast<u32>(std::countl_zero(a)); });
-    if (o == "bfi") return exec_of<T, T, T, u32, u32>([](T a, T b, u32 c, u32 d) {
+    if (o == "bfi")
+      return exec_of<T, T, T, u32, u32>([](T a, T b, u32 c, u32 d) {
         const u32 pos = c & 255, len = d & 255;
         for (u32 i = 0; i < len && pos + i < 8 * sizeof(T); ++i) {
           const T bit = T{1} << (pos + i);
@@ -661,7 +745,8 @@ Exec bit_exec(const std::string& o) {
 template <class T>
 Exec bfind_exec(bool shift) {
   using U = std::make_unsigned_t<T>;
-  if (shift) return exec_of<u32, T>([](T a) {
+  if (shift)
+    return exec_of<u32, T>([](T a) {
       U u = static_cast<U>(a);
       if (std::is_signed_v<T> && a < 0) u = ~u;
       return u == 0 ? ~0u : static_cast<u32>(std::countl_zero(u));
@@ -764,7 +849,8 @@ bool decode_mov(Decoder& d, const Instruction& in, Op& op) {
     const bool packs = from.kind == Operand::kVector;
     const auto& list = packs ? from.list : to.list;
     const int piece = bytes / static_cast<int>(list.size());
-    if (piece * static_cast<int>(list.size()) != bytes || piece > 4) Decoder::fail("mov of a vector of " + std::to_string(list.size()));
+    if (piece * static_cast<int>(list.size()) != bytes || piece > 4)
+      Decoder::fail("mov of a vector of " + std::to_string(list.size()));
     const std::string piece_type = piece == 4 ? "b32" : piece == 2 ? "b16" : "b8";
     std::vector<Reg> pieces;
     for (const auto& o : list) pieces.push_back(packs ? d.source(o, piece_type, true) : d.result(o, piece_type, true));
@@ -917,10 +1003,26 @@ bool decode_alu(Decoder& d, const Instruction& in, Op& op) {
     d.set(op, {d.result(in.operands[0], "b32")},
           {d.source(in.operands[1], "b32"), d.source(in.operands[2], "b32"), d.source(in.operands[3], "u32")});
     const bool left = in.has("l"), wrap = in.has("wrap");
-    if (left && wrap) op.exec = exec_of<u32, u32, u32, u32>([](u32 a, u32 b, u32 c) { const u32 n = c & 31; return n ? b << n | a >> (32 - n) : b; });
-    if (left && !wrap) op.exec = exec_of<u32, u32, u32, u32>([](u32 a, u32 b, u32 c) { const u32 n = std::min(c, 32u); return n == 0 ? b : n == 32 ? a : b << n | a >> (32 - n); });
-    if (!left && wrap) op.exec = exec_of<u32, u32, u32, u32>([](u32 a, u32 b, u32 c) { const u32 n = c & 31; return n ? b << (32 - n) | a >> n : a; });
-    if (!left && !wrap) op.exec = exec_of<u32, u32, u32, u32>([](u32 a, u32 b, u32 c) { const u32 n = std::min(c, 32u); return n == 0 ? a : n == 32 ? b : b << (32 - n) | a >> n; });
+    if (left && wrap)
+      op.exec = exec_of<u32, u32, u32, u32>([](u32 a, u32 b, u32 c) {
+        const u32 n = c & 31;
+        return n ? b << n | a >> (32 - n) : b;
+      });
+    if (left && !wrap)
+      op.exec = exec_of<u32, u32, u32, u32>([](u32 a, u32 b, u32 c) {
+        const u32 n = std::min(c, 32u);
+        return n == 0 ? b : n == 32 ? a : b << n | a >> (32 - n);
+      });
+    if (!left && wrap)
+      op.exec = exec_of<u32, u32, u32, u32>([](u32 a, u32 b, u32 c) {
+        const u32 n = c & 31;
+        return n ? b << (32 - n) | a >> n : a;
+      });
+    if (!left && !wrap)
+      op.exec = exec_of<u32, u32, u32, u32>([](u32 a, u32 b, u32 c) {
+        const u32 n = std::min(c, 32u);
+        return n == 0 ? a : n == 32 ? b : b << (32 - n) | a >> n;
+      });
     return true;
   }
   if (o == "bmsk") {
@@ -951,17 +1053,26 @@ bool decode_alu(Decoder& d, const Instruction& in, Op& op) {
     const bool sa = in.modifiers[0] == "s32", sb = in.modifiers[1] == "s32";
     d.set(op, {d.result(in.operands[0], "b32")},
           {d.source(in.operands[1], "b32"), d.source(in.operands[2], "b32"), d.source(in.operands[3], "b32")});
-    if (sa && sb) op.exec = exec_of<u32, u32, u32, u32>([](u32 a, u32 b, u32 c) { for (int i = 0; i < 32; i += 8) c += static_cast<u32>(static_cast<i8>(a >> i) * static_cast<i8>(b >> i)); return c; });
-    if (!sa && !sb) op.exec = exec_of<u32, u32, u32, u32>([](u32 a, u32 b, u32 c) { for (int i = 0; i < 32; i += 8) c += (a >> i & 255) * (b >> i & 255); return c; });
+    if (sa && sb)
+      op.exec = exec_of<u32, u32, u32, u32>([](u32 a, u32 b, u32 c) {
+        for (int i = 0; i < 32; i += 8) c += static_cast<u32>(static_cast<i8>(a >> i) * static_cast<i8>(b >> i));
+        return c;
+      });
+    if (!sa && !sb)
+      op.exec = exec_of<u32, u32, u32, u32>([](u32 a, u32 b, u32 c) {
+        for (int i = 0; i < 32; i += 8) c += (a >> i & 255) * (b >> i & 255);
+        return c;
+      });
     return op.exec != nullptr;
   }
   // ---- one result and sources of one type, the shifts' amounts apart
   static const std::set<std::string> shifts = {"shl", "shr"};
   static const std::map<std::string, size_t> sources = {
-      {"add", 2},  {"sub", 2},  {"mul", 2},  {"mad", 3},  {"fma", 3},   {"div", 2},  {"rem", 2}, {"min", 2}, {"max", 2},
-      {"abs", 1},  {"neg", 1},  {"sad", 3},  {"shl", 2},  {"shr", 2},   {"bfe", 3},  {"bfi", 4}, {"and", 2}, {"or", 2},
-      {"xor", 2},  {"not", 1},  {"cnot", 1}, {"brev", 1}, {"popc", 1},  {"clz", 1},  {"rcp", 1}, {"sqrt", 1}, {"rsqrt", 1},
-      {"ex2", 1},  {"lg2", 1},  {"sin", 1},  {"cos", 1},  {"tanh", 1},  {"copysign", 2}};
+      {"add", 2},  {"sub", 2},  {"mul", 2}, {"mad", 3},  {"fma", 3},     {"div", 2},   {"rem", 2},
+      {"min", 2},  {"max", 2},  {"abs", 1}, {"neg", 1},  {"sad", 3},     {"shl", 2},   {"shr", 2},
+      {"bfe", 3},  {"bfi", 4},  {"and", 2}, {"or", 2},   {"xor", 2},     {"not", 1},   {"cnot", 1},
+      {"brev", 1}, {"popc", 1}, {"clz", 1}, {"rcp", 1},  {"sqrt", 1},    {"rsqrt", 1}, {"ex2", 1},
+      {"lg2", 1},  {"sin", 1},  {"cos", 1}, {"tanh", 1}, {"copysign", 2}};
   const auto count = sources.find(o);
   if (count == sources.end() || in.has("cc")) return false;
   d.expect_operands(in, count->second + 1);

@@ -88,8 +88,8 @@ py::dict launch(const Program& p, std::array<u32, 3> grid, std::array<u32, 3> bl
     const bool is_store = in.opcode == "st" || in.opcode == "red";
     std::string space = "";
     if (c.bytes) space = c.ideal_wavefronts ? "shared" : "global";
-    counters.append(py::make_tuple(in.line, in.opcode, in.text, p.where(op.index), c.warps, c.lanes, space, is_store, c.bytes,
-                                   c.sectors, c.wavefronts, c.ideal_wavefronts, c.collisions));
+    counters.append(py::make_tuple(in.line, in.opcode, in.text, p.where(op.index), c.warps, c.lanes, space, is_store,
+                                   c.bytes, c.sectors, c.wavefronts, c.ideal_wavefronts, c.collisions));
   }
   py::dict distinct;
   for (const Region& r : run.regions) {
@@ -135,11 +135,13 @@ PYBIND11_MODULE(_core, m) {
       .def_property_readonly("target", [](const Program& p) { return p.module.target; })
       .def_property_readonly("synchronises_ctas", [](const Program& p) { return p.synchronises_ctas; })
       .def("constants",
-           [](const Program& p) {  // module variables in global and constant memory: name, bytes, initial values, constant
+           [](const Program&
+                  p) {  // module variables in global and constant memory: name, bytes, initial values, constant
              py::list out;
              for (const auto& v : p.module.variables)
                if (v.space == Variable::kGlobal || v.space == Variable::kConst)
-                 out.append(py::make_tuple(v.name, v.bytes, py::bytes(reinterpret_cast<const char*>(v.initial.data()), v.initial.size()),
+                 out.append(py::make_tuple(v.name, v.bytes,
+                                           py::bytes(reinterpret_cast<const char*>(v.initial.data()), v.initial.size()),
                                            v.space == Variable::kConst));
              return out;
            });

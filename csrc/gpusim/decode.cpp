@@ -9,15 +9,33 @@ namespace gpusim {
 namespace {
 
 const std::map<std::string, Special>& special_names() {
-  static const std::map<std::string, Special> names = {
-      {"%tid.x", kTidX},           {"%tid.y", kTidY},         {"%tid.z", kTidZ},         {"%ntid.x", kNtidX},
-      {"%ntid.y", kNtidY},         {"%ntid.z", kNtidZ},       {"%ctaid.x", kCtaidX},     {"%ctaid.y", kCtaidY},
-      {"%ctaid.z", kCtaidZ},       {"%nctaid.x", kNctaidX},   {"%nctaid.y", kNctaidY},   {"%nctaid.z", kNctaidZ},
-      {"%laneid", kLaneId},        {"%warpid", kWarpId},      {"%nwarpid", kNWarpId},    {"%lanemask_eq", kLaneMaskEq},
-      {"%lanemask_le", kLaneMaskLe}, {"%lanemask_lt", kLaneMaskLt}, {"%lanemask_ge", kLaneMaskGe},
-      {"%lanemask_gt", kLaneMaskGt}, {"%dynamic_smem_size", kDynamicShared}, {"%total_smem_size", kTotalShared},
-      {"%smid", kSmId},            {"%nsmid", kNSmId},        {"%gridid", kGridId},      {"%clock", kClock},
-      {"%clock64", kClock64}};
+  static const std::map<std::string, Special> names = {{"%tid.x", kTidX},
+                                                       {"%tid.y", kTidY},
+                                                       {"%tid.z", kTidZ},
+                                                       {"%ntid.x", kNtidX},
+                                                       {"%ntid.y", kNtidY},
+                                                       {"%ntid.z", kNtidZ},
+                                                       {"%ctaid.x", kCtaidX},
+                                                       {"%ctaid.y", kCtaidY},
+                                                       {"%ctaid.z", kCtaidZ},
+                                                       {"%nctaid.x", kNctaidX},
+                                                       {"%nctaid.y", kNctaidY},
+                                                       {"%nctaid.z", kNctaidZ},
+                                                       {"%laneid", kLaneId},
+                                                       {"%warpid", kWarpId},
+                                                       {"%nwarpid", kNWarpId},
+                                                       {"%lanemask_eq", kLaneMaskEq},
+                                                       {"%lanemask_le", kLaneMaskLe},
+                                                       {"%lanemask_lt", kLaneMaskLt},
+                                                       {"%lanemask_ge", kLaneMaskGe},
+                                                       {"%lanemask_gt", kLaneMaskGt},
+                                                       {"%dynamic_smem_size", kDynamicShared},
+                                                       {"%total_smem_size", kTotalShared},
+                                                       {"%smid", kSmId},
+                                                       {"%nsmid", kNSmId},
+                                                       {"%gridid", kGridId},
+                                                       {"%clock", kClock},
+                                                       {"%clock64", kClock64}};
   return names;
 }
 
@@ -47,6 +65,7 @@ Program::Program(const std::string& text, const std::string& entry) : module(par
     static_shared = align_up(static_shared, v.align);
     shared_offsets[v.name] = static_shared;
     if (!v.external) static_shared += v.bytes;
+    if (static_shared > (1u << 20)) throw PtxError(0, "more than 1 MiB of static shared memory");
   };
   // Dynamic shared memory (extern) begins where static shared memory ends.
   for (const auto& v : module.variables)
@@ -207,9 +226,7 @@ void Decoder::run() {
   // ---- blocks
   std::set<int> starts = {0};
   for (const auto& [name, at] : p_.function.labels) starts.insert(at);
-  auto leaves = [&](const Instruction& in) {
-    return in.opcode == "bra" || in.opcode == "ret" || in.opcode == "exit";
-  };
+  auto leaves = [&](const Instruction& in) { return in.opcode == "bra" || in.opcode == "ret" || in.opcode == "exit"; };
   for (int i = 0; i < n; ++i)
     if (leaves(body[i])) starts.insert(i + 1);
   starts.erase(n);
@@ -236,8 +253,8 @@ void Decoder::run() {
       if (end < n) successors[b].push_back(b + 1);
     }
   }
-  // ---- reverse post-order; the successor that stands later in the text is visited first and so comes last, which keeps
-  // a loop's body before its exit
+  // ---- reverse post-order; the successor that stands later in the text is visited first and so comes last, which
+  // keeps a loop's body before its exit
   std::vector<int> order, state(blocks, 0);
   for (auto& s : successors) std::sort(s.begin(), s.end());
   if (blocks > 0) {

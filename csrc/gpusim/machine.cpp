@@ -82,7 +82,8 @@ void Warp::propagate_slowly(const Op& op, u32 mask) {
           const u8 decides = op.rule == Rule::kAnd ? 0x00 : 0xff;
           for (int i = 0; i < width; ++i) {
             const bool va = a >> i & 1, vb = b >> i & 1;
-            const bool da = va && static_cast<u8>(x >> (8 * i)) == decides, db = vb && static_cast<u8>(y >> (8 * i)) == decides;
+            const bool da = va && static_cast<u8>(x >> (8 * i)) == decides,
+                       db = vb && static_cast<u8>(y >> (8 * i)) == decides;
             if ((va && vb) || da || db) v |= static_cast<u8>(1u << i);
           }
           break;
@@ -229,7 +230,9 @@ void Warp::run(u64 quantum) {
       reselect();
       if (&ops[pc] != &op) continue;
     }
-    if (++executed > budget) raise(op, std::countr_zero(active), "budget", "budget of " + std::to_string(budget) + " instructions a warp is used up");
+    if (++executed > budget)
+      raise(op, std::countr_zero(active), "budget",
+            "budget of " + std::to_string(budget) + " instructions a warp is used up");
     u32 mask = active;
     if (op.guarded) {
       require_valid(op, op.guard, active, 1, "a branch or a guard");
@@ -259,15 +262,21 @@ void Warp::run(u64 quantum) {
           pc += 1;
           break;
         }
-        if (mask != live) raise(op, std::countr_zero(mask), "barrier", "barrier divergence: live lanes of the warp are elsewhere");
+        if (mask != live)
+          raise(op, std::countr_zero(mask), "barrier", "barrier divergence: live lanes of the warp are elsewhere");
         for (int i = 0; i < op.num_src; ++i) require_valid(op, op.regs[i], mask, 0x0f, "a barrier's operand");
         const u32 id = reg<u32>(op, 0)[std::countr_zero(mask)];
-        if (id >= cta->barriers.size()) raise(op, std::countr_zero(mask), "barrier", "barrier " + std::to_string(id) + " does not exist");
+        if (id >= cta->barriers.size())
+          raise(op, std::countr_zero(mask), "barrier", "barrier " + std::to_string(id) + " does not exist");
         if (time() >= kMaxTime) raise(op, 0, "unsupported", "unsupported: more than a million barriers");
         Barrier& b = cta->barriers[id];
         const u32 expected = op.num_src > 1 ? reg<u32>(op, 1)[std::countr_zero(mask)] : 0;
-        if (expected % kLanes != 0) raise(op, std::countr_zero(mask), "barrier", "barrier of " + std::to_string(expected) + " threads, which is no multiple of 32");
-        if (b.waiting && b.expected != expected) raise(op, std::countr_zero(mask), "barrier", "barrier " + std::to_string(id) + ": warps wait for different numbers of threads");
+        if (expected % kLanes != 0)
+          raise(op, std::countr_zero(mask), "barrier",
+                "barrier of " + std::to_string(expected) + " threads, which is no multiple of 32");
+        if (b.waiting && b.expected != expected)
+          raise(op, std::countr_zero(mask), "barrier",
+                "barrier " + std::to_string(id) + ": warps wait for different numbers of threads");
         b.expected = expected;
         b.waiting |= 1ull << index;
         b.arrived += kLanes;
@@ -329,10 +338,16 @@ void Cta::read_shared(Warp& w, const Op& op, int lane, u32 offset, u32 bytes) {
   const u32 me = stamp_of(w.time(), static_cast<u32>(w.index), static_cast<u32>(lane));
   for (u32 b = offset; b < offset + bytes; ++b) {
     if (in_flight[b])
-      return w.fault(op, lane, "race", "race: shared byte " + std::to_string(b) + " is read while an asynchronous copy to it is in flight", b, nullptr, writer_op[b]);
+      return w.fault(
+          op, lane, "race",
+          "race: shared byte " + std::to_string(b) + " is read while an asynchronous copy to it is in flight", b,
+          nullptr, writer_op[b]);
     const u32 wrote = writer[b];
     if (wrote != 0 && !before(w, lane, wrote))
-      return w.fault(op, lane, "race", "race: shared byte " + std::to_string(b) + " was written by " + who(wrote) + " and is read with no barrier between", b, nullptr, writer_op[b]);
+      return w.fault(op, lane, "race",
+                     "race: shared byte " + std::to_string(b) + " was written by " + who(wrote) +
+                         " and is read with no barrier between",
+                     b, nullptr, writer_op[b]);
     const u32 old = reader[b];
     if (old == me) continue;
     if (old != 0 && warp_of(old) == static_cast<u32>(w.index)) {
@@ -355,27 +370,40 @@ void Cta::write_shared(Warp& w, const Op& op, int lane, u32 offset, const u8* da
   const u32 me = stamp_of(w.time(), static_cast<u32>(w.index), static_cast<u32>(lane));
   for (u32 b = offset; b < offset + bytes; ++b) {
     if (in_flight[b])
-      return w.fault(op, lane, "race", "race: shared byte " + std::to_string(b) + " is written while an asynchronous copy to it is in flight", b, nullptr, writer_op[b]);
+      return w.fault(
+          op, lane, "race",
+          "race: shared byte " + std::to_string(b) + " is written while an asynchronous copy to it is in flight", b,
+          nullptr, writer_op[b]);
     const u32 wrote = writer[b];
     if (wrote != 0 && !before(w, lane, wrote)) {
       // Lanes of one instruction, and warps that hold the same values (Triton's replicated layouts), are no error.
-      const bool one = warp_of(wrote) == static_cast<u32>(w.index) && w.last_store == op.index && w.last_store_count == w.executed;
+      const bool one =
+          warp_of(wrote) == static_cast<u32>(w.index) && w.last_store == op.index && w.last_store_count == w.executed;
       const bool equal = data != nullptr && shared[b] == data[b - offset] && !launch.options.strict_races;
       if (one || equal) {
         (*w.counters)[op.index].collisions += 1;
       } else {
-        return w.fault(op, lane, "race", "race: shared byte " + std::to_string(b) + " was written by " + who(wrote) + " and is written again with no barrier between", b, nullptr, writer_op[b]);
+        return w.fault(op, lane, "race",
+                       "race: shared byte " + std::to_string(b) + " was written by " + who(wrote) +
+                           " and is written again with no barrier between",
+                       b, nullptr, writer_op[b]);
       }
     }
     const u32 read = reader[b];
     if (read != 0 && !before(w, lane, read))
-      return w.fault(op, lane, "race", "race: shared byte " + std::to_string(b) + " was read by " + who(read) + " and is written with no barrier between", b, nullptr, reader_op[b]);
+      return w.fault(op, lane, "race",
+                     "race: shared byte " + std::to_string(b) + " was read by " + who(read) +
+                         " and is written with no barrier between",
+                     b, nullptr, reader_op[b]);
     if (!more_readers.empty()) {
       const auto more = more_readers.find(b);
       if (more != more_readers.end()) {
         for (u32 s : more->second)
           if (!before(w, lane, s))
-            return w.fault(op, lane, "race", "race: shared byte " + std::to_string(b) + " was read by " + who(s) + " and is written with no barrier between", b);
+            return w.fault(op, lane, "race",
+                           "race: shared byte " + std::to_string(b) + " was read by " + who(s) +
+                               " and is written with no barrier between",
+                           b);
         more_readers.erase(more);
       }
     }
@@ -417,7 +445,8 @@ Cta::Cta(Launch& launch) : launch(launch), program(launch.program) {
 
 void Cta::start(u32 linear_index) {
   linear = linear_index;
-  index = {linear % launch.grid[0], linear / launch.grid[0] % launch.grid[1], linear / (launch.grid[0] * launch.grid[1])};
+  index = {linear % launch.grid[0], linear / launch.grid[0] % launch.grid[1],
+           linear / (launch.grid[0] * launch.grid[1])};
   std::fill(shared_valid.begin(), shared_valid.end(), 0);
   std::fill(writer.begin(), writer.end(), 0);
   std::fill(reader.begin(), reader.end(), 0);
@@ -452,9 +481,15 @@ void Cta::start(u32 linear_index) {
           case kTidX: v = t % b[0]; break;
           case kTidY: v = t / b[0] % b[1]; break;
           case kTidZ: v = t / (b[0] * b[1]); break;
-          case kNtidX: case kNtidY: case kNtidZ: v = b[static_cast<size_t>(s - kNtidX)]; break;
-          case kCtaidX: case kCtaidY: case kCtaidZ: v = index[static_cast<size_t>(s - kCtaidX)]; break;
-          case kNctaidX: case kNctaidY: case kNctaidZ: v = launch.grid[static_cast<size_t>(s - kNctaidX)]; break;
+          case kNtidX:
+          case kNtidY:
+          case kNtidZ: v = b[static_cast<size_t>(s - kNtidX)]; break;
+          case kCtaidX:
+          case kCtaidY:
+          case kCtaidZ: v = index[static_cast<size_t>(s - kCtaidX)]; break;
+          case kNctaidX:
+          case kNctaidY:
+          case kNctaidZ: v = launch.grid[static_cast<size_t>(s - kNctaidX)]; break;
           case kLaneId: v = static_cast<u64>(l); break;
           case kWarpId: v = static_cast<u64>(w.index); break;
           case kNWarpId: v = warps.size(); break;
@@ -534,40 +569,42 @@ void Cta::run() {
         waiting += (first ? "; " : "") + ("warp " + std::to_string(w.index)) + " at PTX line " + std::to_string(line);
         if (first == nullptr) first = &w;
       }
-      first->raise(program.ops[first->pc - 1], std::countr_zero(first->live), "deadlock", "deadlock: warps wait for each other: " + waiting);
+      first->raise(program.ops[first->pc - 1], std::countr_zero(first->live), "deadlock",
+                   "deadlock: warps wait for each other: " + waiting);
     }
   }
   for (const Warp& w : warps) instructions += w.executed;
 }
 
 // ---- launches
-void Launch::resolve_symbols() {
+std::string Launch::resolve_symbols() {
   registers = program.registers;
   for (const Fixup& f : program.fixups) {
     u64 address = 0;
     const auto shared = program.shared_offsets.find(f.symbol);
-    const auto region = std::find_if(regions.begin(), regions.end(), [&](const Region& r) { return r.name == f.symbol; });
+    const auto region =
+        std::find_if(regions.begin(), regions.end(), [&](const Region& r) { return r.name == f.symbol; });
     if (shared != program.shared_offsets.end())
       address = shared->second;
     else if (region != regions.end())
       address = region->base;
     else
-      throw Fault("unsupported", "unsupported: symbol " + f.symbol);
+      return "unsupported: symbol " + f.symbol;
     address += static_cast<u64>(f.offset);
     for (u32 l = 0; l < kLanes; ++l) memcpy(&registers[f.value + (f.wide ? 8 : 4) * l], &address, f.wide ? 8 : 4);
   }
+  return "";
 }
 
 void Launch::run() {
   const u64 total = static_cast<u64>(grid[0]) * grid[1] * grid[2];
   counters.assign(program.ops.size(), {});
-  if (total == 0 || block[0] * block[1] * block[2] == 0) throw Fault("launch", "grid and block must not be empty");
-  std::vector<u32> order(total);
-  std::iota(order.begin(), order.end(), 0);
-  if (options.order == "reverse") std::reverse(order.begin(), order.end());
+  std::vector<u32> shuffled;
   if (options.order == "random") {
+    shuffled.resize(total);
+    std::iota(shuffled.begin(), shuffled.end(), 0);
     std::mt19937_64 random(options.seed);
-    std::shuffle(order.begin(), order.end(), random);
+    std::shuffle(shuffled.begin(), shuffled.end(), random);
   }
   for (Region& r : regions) {
     r.touched.assign(r.size, 0);
@@ -576,7 +613,13 @@ void Launch::run() {
       r.reader.assign(r.size, 0);
     }
   }
-  resolve_symbols();
+  const std::string unknown = resolve_symbols();
+  if (!unknown.empty()) {
+    Fault f("unsupported", unknown);
+    f.op = ~0u;
+    faults.push_back(f);
+    return;
+  }
   Cta cta(*this);
   auto finish = [&] {
     for (size_t i = 0; i < counters.size(); ++i) {
@@ -587,8 +630,8 @@ void Launch::run() {
     instructions = cta.instructions;
   };
   try {
-    for (u32 linear : order) {
-      cta.start(linear);
+    for (u64 i = 0; i < total; ++i) {
+      cta.start(!shuffled.empty() ? shuffled[i] : static_cast<u32>(options.order == "reverse" ? total - 1 - i : i));
       cta.run();
     }
   } catch (const Fault& f) {
@@ -600,8 +643,9 @@ void Launch::run() {
     if (r.valid.empty() || !faults.empty()) continue;
     const auto at = std::find(r.valid.begin(), r.valid.end(), 0);
     if (at != r.valid.end()) {
-      Fault f("uninitialised", "uninitialised output: byte " + std::to_string(at - r.valid.begin()) + " of " + r.name + " (" +
-                                   std::to_string(std::count(r.valid.begin(), r.valid.end(), 0)) + " of " + std::to_string(r.size) + " bytes) is never written");
+      Fault f("uninitialised", "uninitialised output: byte " + std::to_string(at - r.valid.begin()) + " of " + r.name +
+                                   " (" + std::to_string(std::count(r.valid.begin(), r.valid.end(), 0)) + " of " +
+                                   std::to_string(r.size) + " bytes) is never written");
       f.op = ~0u;
       f.region = r.name;
       faults.push_back(f);

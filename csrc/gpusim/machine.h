@@ -2,8 +2,8 @@
 // their shadows, and what is counted.
 //
 // Registers    structure of arrays: 32 lanes of 4 or 8 bytes (types of 1 and 2 bytes in 4), predicates one 32-bit mask.
-//              Validity: one flag a register ("every byte of every lane is written") and, where it is not set, a mask of
-//              valid bytes for each lane. Arithmetic looks at the flags alone.
+//              Validity: one flag a register ("every byte of every lane is written") and, where it is not set, a mask
+//              of valid bytes for each lane. Arithmetic looks at the flags alone.
 // Control      blocks are laid out in reverse post-order, so "the split lowest in that order" is the lowest pc; splits
 //              with equal pc merge.
 // Happens-before  a vector clock for each warp, ticked and joined at barriers; every byte of shared memory keeps who
@@ -82,9 +82,36 @@ struct Fixup {
   bool wide;
 };
 
-enum Special : u8 { kTidX, kTidY, kTidZ, kNtidX, kNtidY, kNtidZ, kCtaidX, kCtaidY, kCtaidZ, kNctaidX, kNctaidY, kNctaidZ,
-                    kLaneId, kWarpId, kNWarpId, kLaneMaskEq, kLaneMaskLe, kLaneMaskLt, kLaneMaskGe, kLaneMaskGt,
-                    kDynamicShared, kTotalShared, kSmId, kNSmId, kGridId, kClock, kClock64, kNumSpecial };
+enum Special : u8 {
+  kTidX,
+  kTidY,
+  kTidZ,
+  kNtidX,
+  kNtidY,
+  kNtidZ,
+  kCtaidX,
+  kCtaidY,
+  kCtaidZ,
+  kNctaidX,
+  kNctaidY,
+  kNctaidZ,
+  kLaneId,
+  kWarpId,
+  kNWarpId,
+  kLaneMaskEq,
+  kLaneMaskLe,
+  kLaneMaskLt,
+  kLaneMaskGe,
+  kLaneMaskGt,
+  kDynamicShared,
+  kTotalShared,
+  kSmId,
+  kNSmId,
+  kGridId,
+  kClock,
+  kClock64,
+  kNumSpecial
+};
 
 struct Unsupported {
   int line;
@@ -96,7 +123,7 @@ struct Program {
   Function function;
   std::vector<Op> ops;
   std::vector<std::unique_ptr<Reg[]>> operand_lists;
-  std::vector<u8> registers;      // initial register file: constants filled in
+  std::vector<u8> registers;        // initial register file: constants filled in
   std::vector<u8> initially_valid;  // by register id
   std::array<Reg, kNumSpecial> special{};
   u32 used_special = 0;
@@ -167,7 +194,7 @@ struct Launch {
 
   explicit Launch(const Program& program) : program(program) {}
   void run();
-  void resolve_symbols();
+  std::string resolve_symbols();  // what is unknown, empty for nothing
 
   std::mutex mutex;
   std::atomic<bool> stop{false};
@@ -242,7 +269,7 @@ struct Cta {
   std::vector<u8> shared_valid;
   std::vector<u32> writer, reader;        // stamps, by byte of shared memory
   std::vector<u32> writer_op, reader_op;  // the operations they come from
-  std::vector<u8> in_flight;        // asynchronous copies to come, by byte
+  std::vector<u8> in_flight;              // asynchronous copies to come, by byte
   std::unordered_map<u32, std::vector<u32>> more_readers;
   std::array<Barrier, 16> barriers{};
   std::vector<OpCounters> counters;

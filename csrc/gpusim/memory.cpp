@@ -59,8 +59,10 @@ Region* checked(Warp& w, const Op& op, int lane, u64 address, u32 bytes, u32 ali
     return "byte " + std::to_string(o) + " of " + r->name + ", which has " + std::to_string(r->size);
   };
   if (address % align != 0) {
-    w.fault(op, lane, "misaligned", std::string("misaligned ") + verb + " of " + std::to_string(bytes) + " bytes at " +
-                                        hex(address) + " (" + at() + ")", address, r);
+    w.fault(op, lane, "misaligned",
+            std::string("misaligned ") + verb + " of " + std::to_string(bytes) + " bytes at " + hex(address) + " (" +
+                at() + ")",
+            address, r);
     return nullptr;
   }
   bool inside = r != nullptr && offset < r->size && offset + bytes <= r->size;
@@ -68,8 +70,10 @@ Region* checked(Warp& w, const Op& op, int lane, u64 address, u32 bytes, u32 ali
     inside = std::any_of(r->views.begin(), r->views.end(),
                          [&](const auto& v) { return offset >= v.first && offset + bytes <= v.second; });
   if (!inside) {
-    w.fault(op, lane, "out of bounds", std::string("out of bounds ") + verb + " of " + std::to_string(bytes) +
-                                           " bytes at " + hex(address) + " (" + at() + ")", address, r);
+    w.fault(op, lane, "out of bounds",
+            std::string("out of bounds ") + verb + " of " + std::to_string(bytes) + " bytes at " + hex(address) + " (" +
+                at() + ")",
+            address, r);
     return nullptr;
   }
   return r;
@@ -78,14 +82,17 @@ Region* checked(Warp& w, const Op& op, int lane, u64 address, u32 bytes, u32 ali
 bool checked_shared(Warp& w, const Op& op, int lane, u64 offset, u32 bytes, u32 align, const char* verb) {
   const u64 size = w.cta->shared.size();
   if (offset % align != 0) {
-    w.fault(op, lane, "misaligned", std::string("misaligned ") + verb + " of " + std::to_string(bytes) +
-                                        " bytes at shared byte " + std::to_string(offset), offset);
+    w.fault(op, lane, "misaligned",
+            std::string("misaligned ") + verb + " of " + std::to_string(bytes) + " bytes at shared byte " +
+                std::to_string(offset),
+            offset);
     return false;
   }
   if (offset >= size || offset + bytes > size) {
-    w.fault(op, lane, "out of bounds", std::string("out of bounds ") + verb + " of " + std::to_string(bytes) +
-                                           " bytes at shared byte " + std::to_string(offset) + " of " +
-                                           std::to_string(size), offset);
+    w.fault(op, lane, "out of bounds",
+            std::string("out of bounds ") + verb + " of " + std::to_string(bytes) + " bytes at shared byte " +
+                std::to_string(offset) + " of " + std::to_string(size),
+            offset);
     return false;
   }
   return true;
@@ -169,7 +176,8 @@ void follow_read(Warp& w, const Op& op, int lane, Region& r, u64 offset, u32 byt
     if (r.writer.empty()) continue;
     if (r.writer[b] != 0 && (r.writer[b] != me || op.read_only)) {
       w.fault(op, lane, "race",
-              op.read_only ? "race: a read-only (.nc) load of bytes that this launch wrote, byte " + std::to_string(b) + " of " + r.name
+              op.read_only ? "race: a read-only (.nc) load of bytes that this launch wrote, byte " + std::to_string(b) +
+                                 " of " + r.name
                            : "race: byte " + std::to_string(b) + " of " + r.name + " was written by CTA " +
                                  std::to_string(r.writer[b] - 1) + " and is read by CTA " + std::to_string(me - 1),
               r.base + b, &r);
@@ -190,9 +198,10 @@ void follow_write(Warp& w, const Op& op, int lane, Region& r, u64 offset, const 
     if (written && r.host[b] == data[b - offset] && !w.cta->launch.options.strict_races) {
       (*w.counters)[op.index].collisions += 1;
     } else if (written || read) {
-      w.fault(op, lane, "race", "race: byte " + std::to_string(b) + " of " + r.name + " was " +
-                                    (written ? "written by CTA " + std::to_string(r.writer[b] - 1)
-                                             : "read by another CTA") + " and is written by CTA " + std::to_string(me - 1),
+      w.fault(op, lane, "race",
+              "race: byte " + std::to_string(b) + " of " + r.name + " was " +
+                  (written ? "written by CTA " + std::to_string(r.writer[b] - 1) : "read by another CTA") +
+                  " and is written by CTA " + std::to_string(me - 1),
               r.base + b, &r);
       return;
     }
@@ -287,8 +296,7 @@ void store(Warp& w, const Op& op, u32 mask) {
   OpCounters& c = (*w.counters)[op.index];
   const u8 element = op.width == 8 ? kWhole : static_cast<u8>((1u << op.width) - 1);
   if (!shared)
-    for (int i = 0; i < op.vector; ++i)
-      w.require_valid(op, op.regs[1 + i], mask, element, "a store to global memory");
+    for (int i = 0; i < op.vector; ++i) w.require_valid(op, op.regs[1 + i], mask, element, "a store to global memory");
   for (int l = 0; l < kLanes; ++l) {
     if (!(mask >> l & 1)) continue;
     u8 data[32];
@@ -350,7 +358,8 @@ void atomic(Warp& w, const Op& op, u32 mask) {
   const Reg* src = op.regs + op.num_dst;
   const bool shared = addresses_of(w, op, src[0], mask, a);
   for (int i = 1; i < op.num_src; ++i)
-    w.require_valid(op, src[i], mask, sizeof(T) == 8 ? kWhole : static_cast<u8>((1u << sizeof(T)) - 1), "an atomic operation");
+    w.require_valid(op, src[i], mask, sizeof(T) == 8 ? kWhole : static_cast<u8>((1u << sizeof(T)) - 1),
+                    "an atomic operation");
   const auto apply = reinterpret_cast<T (*)(T, T, T)>(op.used_bytes);
   Cta& cta = *w.cta;
   OpCounters& c = (*w.counters)[op.index];
@@ -400,17 +409,30 @@ void set_atomic(Op& op, F) {
 template <class T>
 bool integer_atomic(Op& op, const std::string& what) {
   using U = std::make_unsigned_t<T>;
-  if (what == "add") set_atomic<T>(op, [](T o, T a, T) { return static_cast<T>(static_cast<U>(o) + static_cast<U>(a)); });
-  else if (what == "min") set_atomic<T>(op, [](T o, T a, T) { return std::min(o, a); });
-  else if (what == "max") set_atomic<T>(op, [](T o, T a, T) { return std::max(o, a); });
-  else if (what == "and") set_atomic<T>(op, [](T o, T a, T) { return static_cast<T>(o & a); });
-  else if (what == "or") set_atomic<T>(op, [](T o, T a, T) { return static_cast<T>(o | a); });
-  else if (what == "xor") set_atomic<T>(op, [](T o, T a, T) { return static_cast<T>(o ^ a); });
-  else if (what == "exch") set_atomic<T>(op, [](T, T a, T) { return a; });
-  else if (what == "cas") set_atomic<T>(op, [](T o, T a, T b) { return o == a ? b : o; });
-  else if (what == "inc") set_atomic<T>(op, [](T o, T a, T) { return static_cast<U>(o) >= static_cast<U>(a) ? T{0} : static_cast<T>(o + 1); });
-  else if (what == "dec") set_atomic<T>(op, [](T o, T a, T) { return o == 0 || static_cast<U>(o) > static_cast<U>(a) ? a : static_cast<T>(o - 1); });
-  else return false;
+  if (what == "add")
+    set_atomic<T>(op, [](T o, T a, T) { return static_cast<T>(static_cast<U>(o) + static_cast<U>(a)); });
+  else if (what == "min")
+    set_atomic<T>(op, [](T o, T a, T) { return std::min(o, a); });
+  else if (what == "max")
+    set_atomic<T>(op, [](T o, T a, T) { return std::max(o, a); });
+  else if (what == "and")
+    set_atomic<T>(op, [](T o, T a, T) { return static_cast<T>(o & a); });
+  else if (what == "or")
+    set_atomic<T>(op, [](T o, T a, T) { return static_cast<T>(o | a); });
+  else if (what == "xor")
+    set_atomic<T>(op, [](T o, T a, T) { return static_cast<T>(o ^ a); });
+  else if (what == "exch")
+    set_atomic<T>(op, [](T, T a, T) { return a; });
+  else if (what == "cas")
+    set_atomic<T>(op, [](T o, T a, T b) { return o == a ? b : o; });
+  else if (what == "inc")
+    set_atomic<T>(op,
+                  [](T o, T a, T) { return static_cast<U>(o) >= static_cast<U>(a) ? T{0} : static_cast<T>(o + 1); });
+  else if (what == "dec")
+    set_atomic<T>(
+        op, [](T o, T a, T) { return o == 0 || static_cast<U>(o) > static_cast<U>(a) ? a : static_cast<T>(o - 1); });
+  else
+    return false;
   return true;
 }
 
@@ -421,11 +443,18 @@ bool set_atomic_of(Op& op, const std::string& what, const std::string& type) {
   if (type == "s64") return integer_atomic<i64>(op, what);
   if (type == "b16" && (what == "cas" || what == "exch")) return integer_atomic<u16>(op, what);
   if (what != "add") return false;
-  if (type == "f32") set_atomic<float>(op, [](float o, float a, float) { return canonical(o + a); });
-  else if (type == "f64") set_atomic<double>(op, [](double o, double a, double) { return canonical(o + a); });
-  else if (type == "f16") set_atomic<u16>(op, [](u16 o, u16 a, u16) { return f16_bits(static_cast<double>(to_float(f16{o})) + to_float(f16{a})); });
-  else if (type == "bf16") set_atomic<u16>(op, [](u16 o, u16 a, u16) { return bf16_bits(static_cast<double>(to_float(bf16{o})) + to_float(bf16{a})); });
-  else return false;
+  if (type == "f32")
+    set_atomic<float>(op, [](float o, float a, float) { return canonical(o + a); });
+  else if (type == "f64")
+    set_atomic<double>(op, [](double o, double a, double) { return canonical(o + a); });
+  else if (type == "f16")
+    set_atomic<u16>(
+        op, [](u16 o, u16 a, u16) { return f16_bits(static_cast<double>(to_float(f16{o})) + to_float(f16{a})); });
+  else if (type == "bf16")
+    set_atomic<u16>(
+        op, [](u16 o, u16 a, u16) { return bf16_bits(static_cast<double>(to_float(bf16{o})) + to_float(bf16{a})); });
+  else
+    return false;
   return true;
 }
 
@@ -450,8 +479,13 @@ void async_copy(Warp& w, const Op& op, u32 mask) {
     if (!(mask >> l & 1)) continue;
     if (!checked_shared(w, op, l, to.lane[l], bytes, bytes, "asynchronous copy")) continue;
     const u32 size = op.num_src > 2 ? std::min(w.reg<u32>(op, 2)[l], bytes) : bytes;
-    PendingCopy copy{.shared = static_cast<u32>(to.lane[l]), .bytes = static_cast<u8>(bytes), .lane = static_cast<u8>(l),
-                     .group = w.copy_groups[l], .op = op.index, .data = {}, .valid = {}};
+    PendingCopy copy{.shared = static_cast<u32>(to.lane[l]),
+                     .bytes = static_cast<u8>(bytes),
+                     .lane = static_cast<u8>(l),
+                     .group = w.copy_groups[l],
+                     .op = op.index,
+                     .data = {},
+                     .valid = {}};
     copy.valid.fill(1);
     if (size > 0) {
       Region* r = checked(w, op, l, from.lane[l], size, bytes, "asynchronous copy");
@@ -477,7 +511,8 @@ void commit_group(Warp& w, const Op&, u32 mask) {
 
 // ---- ldmatrix
 void load_matrix(Warp& w, const Op& op, u32 mask) {
-  if (mask != kAllLanes) w.raise(op, std::countr_zero(~mask), "barrier", "barrier divergence: ldmatrix without all lanes of the warp");
+  if (mask != kAllLanes)
+    w.raise(op, std::countr_zero(~mask), "barrier", "barrier divergence: ldmatrix without all lanes of the warp");
   const int count = op.vector;
   Addresses a;
   Op shared_side = op;
@@ -546,13 +581,15 @@ void decode_access(Decoder& d, const Instruction& in, Op& op, bool is_load) {
   op.sign = type[0] == 's';
   op.read_only = in.has("nc");
   if (op.space == Space::kLocal) Decoder::fail("local memory");
-  if (synchronises(in) && (op.space == Space::kGlobal || op.space == Space::kGeneric)) d.program().synchronises_ctas = true;
+  if (synchronises(in) && (op.space == Space::kGlobal || op.space == Space::kGeneric))
+    d.program().synchronises_ctas = true;
   const size_t data = is_load ? 0 : 1, where = is_load ? 1 : 0;
   const size_t expected = in.has("L2::cache_hint") ? 3 : 2;
   d.expect_operands(in, expected);
   const Operand& values = in.operands[data];
   std::vector<Operand> list = values.kind == Operand::kVector ? values.list : std::vector<Operand>{values};
-  if (list.size() != op.vector) Decoder::fail("a vector of " + std::to_string(list.size()) + " for .v" + std::to_string(op.vector));
+  if (list.size() != op.vector)
+    Decoder::fail("a vector of " + std::to_string(list.size()) + " for .v" + std::to_string(op.vector));
   std::vector<Reg> regs;
   bool first = true;
   for (const auto& o : list) {
@@ -567,9 +604,11 @@ void decode_access(Decoder& d, const Instruction& in, Op& op, bool is_load) {
     if (!is_load) Decoder::fail("st.param");
     const Operand& a = in.operands[1];
     const auto it = d.program().param_offsets.find(a.name);
-    if (a.kind != Operand::kAddress || it == d.program().param_offsets.end()) Decoder::fail("ld.param of an unknown parameter");
+    if (a.kind != Operand::kAddress || it == d.program().param_offsets.end())
+      Decoder::fail("ld.param of an unknown parameter");
     op.imm = static_cast<i64>(it->second) + a.offset;
-    if (op.imm < 0 || op.imm + bytes * op.vector > static_cast<i64>(d.program().param_bytes)) Decoder::fail("ld.param beyond the parameters");
+    if (op.imm < 0 || op.imm + bytes * op.vector > static_cast<i64>(d.program().param_bytes))
+      Decoder::fail("ld.param beyond the parameters");
     d.set(op, regs, {});
     op.exec = &load_param;
     op.rule = Rule::kOwn;
@@ -634,7 +673,8 @@ void decode_async(Decoder& d, const Instruction& in, Op& op) {
     return;
   }
   if (in.has("mbarrier") || in.has("bulk")) Decoder::fail("cp.async with mbarrier or bulk");
-  if (in.operands.size() < 3 || in.operands.size() > 4) Decoder::fail("cp.async with " + std::to_string(in.operands.size()) + " operands");
+  if (in.operands.size() < 3 || in.operands.size() > 4)
+    Decoder::fail("cp.async with " + std::to_string(in.operands.size()) + " operands");
   op.imm = static_cast<i64>(in.operands[2].bits);
   if (op.imm != 4 && op.imm != 8 && op.imm != 16) Decoder::fail("cp.async of other than 4, 8 or 16 bytes");
   bool wide_to = true, wide_from = true;
@@ -642,13 +682,15 @@ void decode_async(Decoder& d, const Instruction& in, Op& op) {
                           d.address_base(in.operands[1], wide_from, Space::kGlobal)};
   if (in.operands.size() == 4) {
     const Operand& o = in.operands[3];
-    if (o.kind == Operand::kName && d.is_register(o.name) && d.type_of(o.name) == "pred") Decoder::fail("cp.async with ignore-src");
+    if (o.kind == Operand::kName && d.is_register(o.name) && d.type_of(o.name) == "pred")
+      Decoder::fail("cp.async with ignore-src");
     src.push_back(d.source(o, "u32"));
   }
   op.sign = wide_to;
   op.wide_address = wide_from;
   op.space = Space::kGlobal;
-  op.used_bytes = static_cast<u32>(in.operands[0].offset) | static_cast<u64>(static_cast<u32>(in.operands[1].offset)) << 32;
+  op.used_bytes = static_cast<u32>(in.operands[0].offset) | static_cast<u64>(static_cast<u32>(in.operands[1].offset))
+                                                                << 32;
   d.set(op, {}, src);
   op.exec = &async_copy;
 }

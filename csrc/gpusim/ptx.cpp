@@ -20,10 +20,10 @@ const Function* Module::entry(const std::string& name) const {
 }
 
 int type_bytes(const std::string& type) {
-  static const std::map<std::string, int> sizes = {
-      {"pred", 0}, {"b8", 1},  {"u8", 1},  {"s8", 1},  {"b16", 2},  {"u16", 2},   {"s16", 2},   {"f16", 2}, {"bf16", 2},
-      {"b32", 4},  {"u32", 4}, {"s32", 4}, {"f32", 4}, {"f16x2", 4}, {"bf16x2", 4}, {"b64", 8},   {"u64", 8}, {"s64", 8},
-      {"f64", 8},  {"b128", 16}};
+  static const std::map<std::string, int> sizes = {{"pred", 0}, {"b8", 1},  {"u8", 1},  {"s8", 1},    {"b16", 2},
+                                                   {"u16", 2},  {"s16", 2}, {"f16", 2}, {"bf16", 2},  {"b32", 4},
+                                                   {"u32", 4},  {"s32", 4}, {"f32", 4}, {"f16x2", 4}, {"bf16x2", 4},
+                                                   {"b64", 8},  {"u64", 8}, {"s64", 8}, {"f64", 8},   {"b128", 16}};
   const auto it = sizes.find(type);
   return it == sizes.end() ? -1 : it->second;
 }
@@ -164,13 +164,20 @@ class Parser {
   void expect(const char* text) {
     if (!accept(text)) fail(std::string("expected ") + text + ", got " + describe(peek()));
   }
-  static std::string describe(const Token& t) { return t.kind == Token::kEnd ? "the end of the text" : "'" + t.text + "'"; }
+  static std::string describe(const Token& t) {
+    return t.kind == Token::kEnd ? "the end of the text" : "'" + t.text + "'";
+  }
   [[noreturn]] void fail(const std::string& what) const { throw PtxError(peek().line, what); }
   uint64_t integer() {
     const bool negative = accept("-");
     if (peek().kind != Token::kInt) fail("expected an integer, got " + describe(peek()));
     const uint64_t v = next().bits;
     return negative ? 0 - v : v;
+  }
+  uint64_t alignment() {
+    const uint64_t n = integer();
+    if (n == 0 || n > 4096 || (n & (n - 1)) != 0) fail("expected an alignment: a power of two up to 4096");
+    return n;
   }
   std::string word() {
     if (peek().kind != Token::kWord) fail("expected a name, got " + describe(peek()));
@@ -254,7 +261,7 @@ class Parser {
     uint64_t vector = 1;
     for (;;) {
       if (accept(".align")) {
-        v.align = integer();
+        v.align = alignment();
       } else if (accept(".v2")) {
         vector = 2;
       } else if (accept(".v4")) {
@@ -273,10 +280,11 @@ class Parser {
       Variable one = v;
       one.name = declare(word());
       while (accept("[")) {
-        one.count *= at("]") ? 0 : integer();
+        const uint64_t n = at("]") ? 0 : integer();
+        one.count = n > (1ull << 28) ? n : one.count * n;
         expect("]");
       }
-      if (one.count > (1ull << 40)) fail("variable " + one.name + " is too large");
+      if (one.count > (1ull << 28)) fail("variable " + one.name + " is too large");
       one.bytes = one.count * element;
       if (accept("=")) initialiser(one);
       into.push_back(one);
@@ -353,7 +361,7 @@ class Parser {
       v.align = 0;
       while (peek().kind == Token::kDirective) {
         if (accept(".align")) {
-          v.align = integer();
+          v.align = alignment();
         } else if (accept(".ptr")) {
           while (at(".global") || at(".shared") || at(".const") || at(".local")) next();
         } else {
@@ -365,7 +373,9 @@ class Parser {
       v.bytes = static_cast<uint64_t>(type_bytes(v.type));
       if (v.align == 0) v.align = v.bytes;
       if (accept("[")) {
-        v.bytes *= integer();
+        const uint64_t n = integer();
+        if (n > 4096) fail("parameter " + v.name + " is too large");
+        v.bytes *= n;
         expect("]");
       }
       f.params.push_back(v);
@@ -429,7 +439,7 @@ class Parser {
       const std::string name = word();
       if (accept("<")) {
         const uint64_t n = integer();
-        if (n > 10'000'000) fail("too many registers");
+        if (n > 200'000) fail("too many registers");
         for (uint64_t i = 0; i < n; ++i) f.registers[declare(name + std::to_string(i))] = type;
         expect(">");
       } else {

@@ -25,7 +25,8 @@ struct Operand {
   std::vector<Operand> list;  // kVector: elements; kPair: a|b
 };
 
-// A place in the user's source, from .loc; `outer` is where the function that it belongs to was inlined, -1 for nowhere.
+// A place in the user's source, from .loc; `outer` is where the function that it belongs to was inlined, -1 for
+// nowhere.
 struct Location {
   int file = 0, line = 0, outer = -1;
   bool operator==(const Location&) const = default;
@@ -39,8 +40,8 @@ struct Instruction {
   bool guard_negated = false;
   std::string text;
   int line = 0;
-  int location = -1;               // index into Module::locations
-  uint64_t used_bytes = ~0ull;     // .pragma "used_bytes_mask": bytes of a load that are read
+  int location = -1;            // index into Module::locations
+  uint64_t used_bytes = ~0ull;  // .pragma "used_bytes_mask": bytes of a load that are read
   bool has(const char* modifier) const;
   std::string last() const { return modifiers.empty() ? "" : modifiers.back(); }
 };

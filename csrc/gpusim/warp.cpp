@@ -11,8 +11,10 @@ namespace {
 // Every live lane that the mask names must be here: a rendezvous of lanes that are at different places is not modelled.
 u32 members(Warp& w, const Op& op, u32 mask, u32 named) {
   if (named & ~mask & w.live)
-    w.raise(op, std::countr_zero(named & ~mask & w.live), "unsupported", "unsupported: a .sync operation whose lanes arrive from different places");
-  if (mask & ~named) w.raise(op, std::countr_zero(mask & ~named), "barrier", "barrier divergence: a lane that the mask does not name");
+    w.raise(op, std::countr_zero(named & ~mask & w.live), "unsupported",
+            "unsupported: a .sync operation whose lanes arrive from different places");
+  if (mask & ~named)
+    w.raise(op, std::countr_zero(mask & ~named), "barrier", "barrier divergence: a lane that the mask does not name");
   return named & w.live;
 }
 
@@ -97,15 +99,17 @@ void redux(Warp& w, const Op& op, u32 mask) {
   T r = 0;
   for (int l = 0; l < kLanes; ++l) {
     if (!(here >> l & 1)) continue;
-    if (first) r = a[l];
-    else switch (op.imm) {
-      case 0: r = static_cast<T>(static_cast<u32>(r) + static_cast<u32>(a[l])); break;
-      case 1: r = std::min(r, a[l]); break;
-      case 2: r = std::max(r, a[l]); break;
-      case 3: r &= a[l]; break;
-      case 4: r |= a[l]; break;
-      default: r ^= a[l]; break;
-    }
+    if (first)
+      r = a[l];
+    else
+      switch (op.imm) {
+        case 0: r = static_cast<T>(static_cast<u32>(r) + static_cast<u32>(a[l])); break;
+        case 1: r = std::min(r, a[l]); break;
+        case 2: r = std::max(r, a[l]); break;
+        case 3: r &= a[l]; break;
+        case 4: r |= a[l]; break;
+        default: r ^= a[l]; break;
+      }
     first = false;
   }
   T* d = w.reg<T>(op, 0);
@@ -133,15 +137,25 @@ inline void place_b(int per, int r, int e, int g, int t, int& row, int& column) 
 template <class In>
 double element(const u32* reg, int lane, int e);
 template <>
-double element<f16>(const u32* reg, int lane, int e) { return to_float(f16{static_cast<u16>(reg[lane] >> (16 * e))}); }
+double element<f16>(const u32* reg, int lane, int e) {
+  return to_float(f16{static_cast<u16>(reg[lane] >> (16 * e))});
+}
 template <>
-double element<bf16>(const u32* reg, int lane, int e) { return to_float(bf16{static_cast<u16>(reg[lane] >> (16 * e))}); }
+double element<bf16>(const u32* reg, int lane, int e) {
+  return to_float(bf16{static_cast<u16>(reg[lane] >> (16 * e))});
+}
 template <>
-double element<float>(const u32* reg, int lane, int) { return bits_as<float>(reg[lane] & ~0x1fffu); }  // tf32
+double element<float>(const u32* reg, int lane, int) {
+  return bits_as<float>(reg[lane] & ~0x1fffu);
+}  // tf32
 template <>
-double element<i8>(const u32* reg, int lane, int e) { return static_cast<i8>(reg[lane] >> (8 * e)); }
+double element<i8>(const u32* reg, int lane, int e) {
+  return static_cast<i8>(reg[lane] >> (8 * e));
+}
 template <>
-double element<u8>(const u32* reg, int lane, int e) { return static_cast<u8>(reg[lane] >> (8 * e)); }
+double element<u8>(const u32* reg, int lane, int e) {
+  return static_cast<u8>(reg[lane] >> (8 * e));
+}
 
 // An element of the product is valid where its row of A, its column of B and its own addend are.
 void mma_validity(Warp& w, const Op& op, int num_a, int num_b, int rows) {
@@ -181,7 +195,8 @@ void mma_validity(Warp& w, const Op& op, int num_a, int num_b, int rows) {
 
 template <class A, class B, class Acc>
 void mma(Warp& w, const Op& op, u32 mask) {
-  if (mask != kAllLanes) w.raise(op, std::countr_zero(~mask), "barrier", "barrier divergence: mma without all lanes of the warp");
+  if (mask != kAllLanes)
+    w.raise(op, std::countr_zero(~mask), "barrier", "barrier divergence: mma without all lanes of the warp");
   constexpr int per = std::is_same_v<A, float> ? 1 : sizeof(A) == 2 ? 2 : 4;
   const int k = static_cast<int>(op.imm), num_d = op.num_dst;
   const int num_a = k / (4 * per) * 2, num_b = k / (4 * per);
@@ -235,7 +250,8 @@ void mma(Warp& w, const Op& op, u32 mask) {
 }
 
 void mma_f64(Warp& w, const Op& op, u32 mask) {  // m8n8k4
-  if (mask != kAllLanes) w.raise(op, std::countr_zero(~mask), "barrier", "barrier divergence: mma without all lanes of the warp");
+  if (mask != kAllLanes)
+    w.raise(op, std::countr_zero(~mask), "barrier", "barrier divergence: mma without all lanes of the warp");
   const double *a = w.reg<double>(op, 2), *b = w.reg<double>(op, 3);
   double d[2][kLanes];
   for (int l = 0; l < kLanes; ++l)
@@ -373,7 +389,9 @@ bool decode_warp(Decoder& d, const Instruction& in, Op& op) {
   }
   if (o == "trap" || o == "brkpt") {
     d.set(op, {}, {});
-    op.exec = [](Warp& w, const Op& p, u32 mask) { w.raise(p, std::countr_zero(mask), "trap", "trap: the kernel stopped itself"); };
+    op.exec = [](Warp& w, const Op& p, u32 mask) {
+      w.raise(p, std::countr_zero(mask), "trap", "trap: the kernel stopped itself");
+    };
     return true;
   }
   return o == "mma" && decode_mma(d, in, op);

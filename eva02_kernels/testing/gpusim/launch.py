@@ -91,6 +91,21 @@ def map_tensors(tensors: Sequence[tuple[str, torch.Tensor]], options: Options, f
     return Mapping([tuple(r) for r in regions.values()], address)  # type: ignore[misc]
 
 
+_MAX_GRID, _MAX_BLOCK, _MAX_THREADS = (2**31 - 1, 65535, 65535), (1024, 1024, 64), 1024  # CUDA's limits
+
+
+def _check_launch(grid: tuple[int, int, int], block: tuple[int, int, int], shared_bytes: int) -> None:
+    for name, sizes, limits in (("grid", grid, _MAX_GRID), ("block", block, _MAX_BLOCK)):
+        if len(sizes) != 3 or any(not 1 <= n <= most for n, most in zip(sizes, limits, strict=True)):
+            raise ValueError(f"{name}: expected three numbers from 1 to {limits}, got {sizes}")
+    if block[0] * block[1] * block[2] > _MAX_THREADS:
+        raise ValueError(f"block: expected at most {_MAX_THREADS} threads, got {block}")
+    if grid[0] * grid[1] * grid[2] >= 2**31:
+        raise ValueError(f"grid: expected fewer than 2^31 CTAs, got {grid}")
+    if not 0 <= shared_bytes <= 1 << 20:
+        raise ValueError(f"shared_bytes: expected 0 to 1 MiB, got {shared_bytes}")
+
+
 _FORMATS = {"f32": "f", "f64": "d"}
 
 
@@ -133,6 +148,7 @@ def run_ptx(
     Raises: a :class:`SimulationError` for the first fault (unless ``on_error="collect"``); ValueError for malformed
         text and arguments that do not fit the parameters.
     """
+    _check_launch(grid, block, shared_bytes)
     opts = current()
     kernel = program(ptx, entry_name)
     params = kernel.params

@@ -76,9 +76,9 @@ def options(
         seed: of the order in which warps run, and of ``order="random"``. 0 runs warps by their number.
         order: of CTAs: ``"in"``, ``"reverse"`` or ``"random"``.
         outputs: tensors that hold nothing yet: they must be written completely and not be used before.
-        bounds: ``"storage"``: an access may touch the whole storage of a tensor; ``"view"``: the rows of the view alone.
+        bounds: ``"storage"``: a tensor's whole storage may be accessed; ``"view"``: its own elements alone.
         races: look for them; ``"strict"``: equal values written by two CTAs are one too.
-        uninit: ``"use"``: unwritten bytes may be loaded and not used; ``"load"``: not loaded either; False: not followed.
+        uninit: ``"use"``: unwritten bytes may be loaded, not used; ``"load"``: not loaded either; False: not followed.
         budget: instructions that a warp may execute (0: 2 billion).
         on_error: ``"raise"`` the first, or ``"collect"`` one of each kind and instruction in ``report.errors``.
     """

@@ -11,7 +11,7 @@ from eva02_kernels.testing.gpusim.errors import SimulationError
 
 @dataclass
 class Counters:
-    """Of one source line, or of a whole launch. Sectors are the distinct 32 bytes of one warp's access, without a cache."""
+    """Of one source line, or of a launch. Sectors: the distinct 32 bytes of one warp's access, without a cache."""
 
     instructions: int = 0  # of warps
     lane_instructions: int = 0
@@ -56,7 +56,8 @@ class Report:
         c = self.total
         out = [
             f"{self.kernel}: {c.instructions} warp instructions, {c.lane_instructions} lane instructions",
-            f"{'line':60} {'instr':>10} {'ld bytes':>12} {'ld sect':>9} {'st bytes':>12} {'st sect':>9} {'wavefr':>8} {'ideal':>8}",
+            f"{'line':60} {'instr':>10} {'ld bytes':>12} {'ld sect':>9} {'st bytes':>12} {'st sect':>9} "
+            f"{'wavefr':>8} {'ideal':>8}",
         ]
         busiest = sorted(self.lines.items(), key=lambda item: -item[1].instructions)[:count]
         for where, n in busiest:
