@@ -59,9 +59,9 @@ def run(
 
 # PTX type: the tensor's dtype, the registers' letter, bytes.
 _TYPES = {
-    **{kind: (torch.uint16, "h", 2) for kind in ("u16", "b16")},
-    **{kind: (torch.uint32, "r", 4) for kind in ("u32", "b32", "f16x2", "bf16x2")},
-    **{kind: (torch.uint64, "d", 8) for kind in ("u64", "b64")},
+    **dict.fromkeys(("u16", "b16"), (torch.uint16, "h", 2)),
+    **dict.fromkeys(("u32", "b32", "f16x2", "bf16x2"), (torch.uint32, "r", 4)),
+    **dict.fromkeys(("u64", "b64"), (torch.uint64, "d", 8)),
     "s16": (torch.int16, "h", 2),
     "s32": (torch.int32, "r", 4),
     "s64": (torch.int64, "d", 8),

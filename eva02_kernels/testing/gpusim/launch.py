@@ -54,7 +54,8 @@ class Mapping(NamedTuple):
 def _rows(tensor: torch.Tensor) -> list[tuple[int, int]]:
     """Byte ranges of the storage that a view covers, adjacent ones joined."""
     size = tensor.element_size()
-    ranges = [(tensor.storage_offset() * size, tensor.storage_offset() * size + size)]
+    begin = int(tensor.storage_offset()) * size
+    ranges = [(begin, begin + size)]
     if tensor.numel() == 0:
         return []
     for n, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda item: item[1]):

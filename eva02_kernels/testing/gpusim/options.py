@@ -83,7 +83,7 @@ def options(
         on_error: ``"raise"`` the first, or ``"collect"`` one of each kind and instruction in ``report.errors``.
     """
     global _current
-    given = {
+    given: dict[str, Any] = {
         "seed": seed,
         "order": order,
         "outputs": None if outputs is None else tuple(outputs),

@@ -75,7 +75,9 @@ class Report:
 
 def report_of(kernel: str, outcome: dict[str, Any], errors: list[SimulationError]) -> Report:
     """A report from the core's outcome."""
-    total, lines, opcodes = Counters(), defaultdict(Counters), defaultdict(int)
+    total = Counters()
+    lines: defaultdict[str, Counters] = defaultdict(Counters)
+    opcodes: defaultdict[str, int] = defaultdict(int)
     for _, opcode, _, where, warps, lanes, space, store, size, sectors, waves, ideal, collisions in outcome["counters"]:
         opcodes[opcode] += warps
         for c in (total, lines[where.split(", called from ")[0]]):
