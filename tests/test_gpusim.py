@@ -11,7 +11,9 @@ import triton
 import triton.language as tl
 from ptx import run, source
 
-from eva02_kernels.testing import gpusim
+import eva02_kernels
+from eva02_kernels import _triton
+from eva02_kernels.testing import executing, gpusim
 from eva02_kernels.testing.gpusim.__main__ import main
 
 pytest.importorskip("eva02_kernels.testing.gpusim._core", reason="run `make gpusim`")
@@ -314,3 +316,28 @@ def test_the_command_checks_and_runs(tmp_path, capsys):
     file.write_text(source("wgmma.fence.sync.aligned;"))
     assert main([str(file)]) == 1
     assert "unknown instruction: wgmma.fence.sync.aligned;" in capsys.readouterr().out
+
+
+# ---- the project's own operators
+def test_operators_run_on_the_simulator():
+    gate, up = torch.randn(2, 3, 70).unbind(0)
+    with executing("simulator"):
+        out = eva02_kernels.swiglu(gate, up, backend="triton")
+    torch.testing.assert_close(out, torch.nn.functional.silu(gate) * up)
+    with pytest.raises(NotImplementedError, match="needs GPU tensors"):
+        eva02_kernels.swiglu(gate, up, backend="triton")
+
+
+def test_an_operators_traffic_is_its_minimum():
+    x, weight = torch.randn(64, 768, dtype=torch.bfloat16), torch.randn(768)
+    reports = []
+    with gpusim.driver(80, on_report=reports.append), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_triton, "executing", "simulator")
+        eva02_kernels.add_layer_norm(x, None, weight, None, backend="triton")
+    (report,) = reports
+    traffic = {name: t for name, t in report.traffic.items() if t.loaded_bytes or t.stored_bytes}
+    assert sum(t.loaded_bytes for t in traffic.values()) == x.nbytes + weight.nbytes
+    assert sum(t.stored_bytes for t in traffic.values()) == x.nbytes + 2 * 64 * 4  # normed; mean and rstd of each row
+    assert (
+        report.counters.global_load_sectors == (x.nbytes + 64 * weight.nbytes) // 32
+    )  # each row reads the weight again

@@ -378,3 +378,18 @@ def test_faults_can_be_collected():
         "out of bounds",
         "uninitialised",
     ]
+
+
+def test_three_warps_reading_are_all_waited_for():
+    """The write must be ordered after every reader, not only after the last one."""
+    body = (
+        "st.shared.b32 [%r4], 0;\nbar.sync 0;\nshr.u32 %r7, %r1, 5;\nld.shared.b32 %r8, [%r2];\n"
+        "setp.eq.u32 %p1, %r7, 1;\n@%p1 bra OUT;\nbar.sync 1, 96;\nsetp.eq.u32 %p2, %r1, 0;\n@%p2 st.shared.b32 [%r2], 9; // <-\nOUT:"
+    )
+    for seed in range(8):
+        with pytest.raises(gpusim.RaceError), gpusim.options(seed=seed):
+            run(body, torch.zeros(1), torch.zeros(1), threads=128)
+    everybody = body.replace("@%p1 bra OUT;\n", "").replace("bar.sync 1, 96", "bar.sync 1, 128")
+    for seed in range(8):
+        with gpusim.options(seed=seed):
+            run(everybody, torch.zeros(1), torch.zeros(1), threads=128)

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <numeric>
 #include <random>
-#include <thread>
+#include <utility>
 
 namespace gpusim {
 
@@ -357,10 +357,8 @@ void Cta::read_shared(Warp& w, const Op& op, int lane, u32 offset, u32 bytes) {
       reader[b] = me;
       reader_op[b] = op.index;
     } else {
-      // Readers of several warps with no order between them are kept in a list.
-      auto& more = more_readers[b];
-      std::erase_if(more, [&](u32 s) { return before(w, lane, s) || warp_of(s) == static_cast<u32>(w.index); });
-      more.push_back(me | kSeveral);
+      many_readers[b] = 1;
+      reader_of_warp[b * warps.size() + static_cast<size_t>(w.index)] = me | kSeveral;
     }
   }
 }
@@ -395,17 +393,16 @@ void Cta::write_shared(Warp& w, const Op& op, int lane, u32 offset, const u8* da
                      "race: shared byte " + std::to_string(b) + " was read by " + who(read) +
                          " and is written with no barrier between",
                      b, nullptr, reader_op[b]);
-    if (!more_readers.empty()) {
-      const auto more = more_readers.find(b);
-      if (more != more_readers.end()) {
-        for (u32 s : more->second)
-          if (!before(w, lane, s))
-            return w.fault(op, lane, "race",
-                           "race: shared byte " + std::to_string(b) + " was read by " + who(s) +
-                               " and is written with no barrier between",
-                           b);
-        more_readers.erase(more);
+    if (many_readers[b]) {
+      for (size_t i = 0; i < warps.size(); ++i) {
+        const u32 stamp = std::exchange(reader_of_warp[b * warps.size() + i], 0);
+        if (stamp != 0 && !before(w, lane, stamp))
+          return w.fault(op, lane, "race",
+                         "race: shared byte " + std::to_string(b) + " was read by " + who(stamp) +
+                             " and is written with no barrier between",
+                         b);
       }
+      many_readers[b] = 0;
     }
     reader[b] = 0;
     writer[b] = me;
@@ -429,6 +426,8 @@ Cta::Cta(Launch& launch) : launch(launch), program(launch.program) {
   writer_op.resize(bytes);
   reader_op.resize(bytes);
   in_flight.resize(bytes);
+  many_readers.resize(bytes);
+  reader_of_warp.resize(bytes * count);
   for (size_t i = 0; i < count; ++i) {
     Warp& w = warps[i];
     w.cta = this;
@@ -451,7 +450,8 @@ void Cta::start(u32 linear_index) {
   std::fill(writer.begin(), writer.end(), 0);
   std::fill(reader.begin(), reader.end(), 0);
   std::fill(in_flight.begin(), in_flight.end(), 0);
-  more_readers.clear();
+  std::fill(many_readers.begin(), many_readers.end(), 0);
+  std::fill(reader_of_warp.begin(), reader_of_warp.end(), 0);
   barriers = {};
   const u32 threads = launch.block[0] * launch.block[1] * launch.block[2];
   for (Warp& w : warps) {

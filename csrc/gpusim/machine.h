@@ -270,7 +270,9 @@ struct Cta {
   std::vector<u32> writer, reader;        // stamps, by byte of shared memory
   std::vector<u32> writer_op, reader_op;  // the operations they come from
   std::vector<u8> in_flight;              // asynchronous copies to come, by byte
-  std::unordered_map<u32, std::vector<u32>> more_readers;
+  // Where several warps read a byte with no order between them: whether, and the stamp of each warp.
+  std::vector<u8> many_readers;
+  std::vector<u32> reader_of_warp;
   std::array<Barrier, 16> barriers{};
   std::vector<OpCounters> counters;
   u64 instructions = 0;
