@@ -188,7 +188,7 @@ Reg Decoder::result(const Operand& o, const std::string& type, bool relaxed) {
   return named(o.name);
 }
 
-Reg Decoder::address_base(const Operand& o, bool& wide, Space) {
+Reg Decoder::address_base(const Operand& o, bool& wide) {
   if (o.kind != Operand::kAddress) fail("expected an address");
   if (o.name.empty()) {
     wide = true;

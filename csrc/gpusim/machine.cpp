@@ -174,7 +174,6 @@ void Warp::fault(const Op& op, int lane, const char* kind, const std::string& wh
     f.other_op = other_op;
     Launch& launch = cta->launch;
     if (!launch.options.collect) throw;
-    const std::lock_guard<std::mutex> lock(launch.mutex);
     for (const Fault& other : launch.faults)
       if (other.op == f.op && other.kind == f.kind) return;  // one for each instruction
     if (launch.faults.size() < 1000) launch.faults.push_back(f);

@@ -12,12 +12,10 @@
 #pragma once
 
 #include <array>
-#include <atomic>
 #include <bit>
 #include <cstdint>
 #include <cstring>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -66,9 +64,13 @@ struct Op {
   bool guarded = false, guard_negated = false;
   bool leader = false;  // first of a block
   bool wide = false;    // of the result's storage: 8 bytes a lane
-  bool sign = false, wide_address = true, atomic = false, read_only = false;
+  bool sign = false;    // of what is loaded: extended by its sign
+  bool transposed = false, saturate = false, read_only = false;
+  bool wide_address = true, wide_address2 = true;  // 8 bytes a lane, or 4
   Reg guard{};
-  i64 imm = 0;
+  i64 imm = 0;                // of an access: added to its address
+  i64 imm2 = 0;               // the same for the second address of a copy
+  void (*apply)() = nullptr;  // what an atomic operation does with a value
   u64 used_bytes = ~0ull;
   u32 target = 0;  // of a branch
   u32 index = 0;
@@ -168,12 +170,10 @@ struct OpCounters {
 
 struct Options {
   u64 seed = 0;
-  int threads = 0;
   std::string order = "in";
   bool races = true, strict_races = false;
   bool uninit = true, uninit_at_load = false;
   bool collect = false;
-  bool perturb = false;
   u64 budget = 0;  // instructions of a warp
 };
 
@@ -195,9 +195,6 @@ struct Launch {
   explicit Launch(const Program& program) : program(program) {}
   void run();
   std::string resolve_symbols();  // what is unknown, empty for nothing
-
-  std::mutex mutex;
-  std::atomic<bool> stop{false};
 };
 
 struct Split {
@@ -308,7 +305,7 @@ class Decoder {
   Reg result(const Operand& o, const std::string& type, bool relaxed = false);
   Reg predicate(const Operand& o);
   Reg constant(u64 bits, bool wide);
-  Reg address_base(const Operand& o, bool& wide, Space space);
+  Reg address_base(const Operand& o, bool& wide);
   Reg sink(bool wide);
   bool is_wide(const std::string& register_name) const;
   bool is_register(const std::string& name) const { return p_.function.registers.count(name) > 0; }

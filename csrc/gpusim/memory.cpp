@@ -22,17 +22,27 @@ std::string hex(u64 v) {
   return text;
 }
 
-bool addresses_of(Warp& w, const Op& op, const Reg& base, u32 mask, Addresses& out) {
-  w.require_valid(op, base, mask, op.wide_address ? 0xff : 0x0f, "an address");
-  if (op.wide_address) {
-    const u64* a = reinterpret_cast<const u64*>(w.file + base.value);
-    for (int l = 0; l < kLanes; ++l) out.lane[l] = a[l] + static_cast<u64>(op.imm);
+// Where an instruction finds one of its addresses.
+struct AddressOperand {
+  Reg base;
+  bool wide;
+  i64 offset;
+  Space space;
+};
+
+AddressOperand first_address(const Op& op, int at) { return {op.regs[at], op.wide_address, op.imm, op.space}; }
+
+void addresses_of(Warp& w, const Op& op, const AddressOperand& from, u32 mask, Addresses& out) {
+  w.require_valid(op, from.base, mask, from.wide ? 0xff : 0x0f, "an address");
+  if (from.wide) {
+    const u64* a = reinterpret_cast<const u64*>(w.file + from.base.value);
+    for (int l = 0; l < kLanes; ++l) out.lane[l] = a[l] + static_cast<u64>(from.offset);
   } else {
-    const u32* a = reinterpret_cast<const u32*>(w.file + base.value);
-    for (int l = 0; l < kLanes; ++l) out.lane[l] = static_cast<u32>(a[l] + static_cast<u32>(op.imm));
+    const u32* a = reinterpret_cast<const u32*>(w.file + from.base.value);
+    for (int l = 0; l < kLanes; ++l) out.lane[l] = static_cast<u32>(a[l] + static_cast<u32>(from.offset));
   }
-  out.shared = op.space == Space::kShared;
-  if (op.space == Space::kGeneric) {
+  out.shared = from.space == Space::kShared;
+  if (from.space == Space::kGeneric) {
     const u64 first = out.lane[std::countr_zero(mask)];
     out.shared = first >= kSharedWindow;
     for (int l = 0; l < kLanes; ++l)
@@ -41,7 +51,6 @@ bool addresses_of(Warp& w, const Op& op, const Reg& base, u32 mask, Addresses& o
   }
   if (out.shared)
     for (u64& a : out.lane) a &= ~kSharedWindow;
-  return out.shared;
 }
 
 Region* region_of(Launch& launch, u64 address) {
@@ -218,8 +227,8 @@ u8 valid_bytes(const std::vector<u8>& shadow, u64 offset, u32 bytes) {
 
 void load(Warp& w, const Op& op, u32 mask) {
   Addresses a;
-  const Reg base = op.regs[op.num_dst];
-  const bool shared = addresses_of(w, op, base, mask, a);
+  addresses_of(w, op, first_address(op, op.num_dst), mask, a);
+  const bool shared = a.shared;
   const u32 bytes = op.width * op.vector;
   Cta& cta = *w.cta;
   OpCounters& c = (*w.counters)[op.index];
@@ -290,7 +299,8 @@ void load(Warp& w, const Op& op, u32 mask) {
 
 void store(Warp& w, const Op& op, u32 mask) {
   Addresses a;
-  const bool shared = addresses_of(w, op, op.regs[0], mask, a);
+  addresses_of(w, op, first_address(op, 0), mask, a);
+  const bool shared = a.shared;
   const u32 bytes = op.width * op.vector;
   Cta& cta = *w.cta;
   OpCounters& c = (*w.counters)[op.index];
@@ -356,11 +366,12 @@ void atomic(Warp& w, const Op& op, u32 mask) {
   // regs: [result,] address, a [, b]
   Addresses a;
   const Reg* src = op.regs + op.num_dst;
-  const bool shared = addresses_of(w, op, src[0], mask, a);
+  addresses_of(w, op, first_address(op, op.num_dst), mask, a);
+  const bool shared = a.shared;
   for (int i = 1; i < op.num_src; ++i)
     w.require_valid(op, src[i], mask, sizeof(T) == 8 ? kWhole : static_cast<u8>((1u << sizeof(T)) - 1),
                     "an atomic operation");
-  const auto apply = reinterpret_cast<T (*)(T, T, T)>(op.used_bytes);
+  const auto apply = reinterpret_cast<T (*)(T, T, T)>(op.apply);
   Cta& cta = *w.cta;
   OpCounters& c = (*w.counters)[op.index];
   using Lane = std::conditional_t<sizeof(T) == 8, u64, u32>;
@@ -402,8 +413,7 @@ void atomic(Warp& w, const Op& op, u32 mask) {
 template <class T, class F>
 void set_atomic(Op& op, F) {
   op.exec = &atomic<T>;
-  // The function travels in a field that atomics do not use.
-  op.used_bytes = reinterpret_cast<u64>(static_cast<T (*)(T, T, T)>([](T old, T a, T b) { return F{}(old, a, b); }));
+  op.apply = reinterpret_cast<void (*)()>(static_cast<T (*)(T, T, T)>([](T old, T a, T b) { return F{}(old, a, b); }));
 }
 
 template <class T>
@@ -460,17 +470,11 @@ bool set_atomic_of(Op& op, const std::string& what, const std::string& type) {
 
 // ---- asynchronous copies: read at issue, written when the issuer waits
 void async_copy(Warp& w, const Op& op, u32 mask) {
-  // regs: shared address, global address [, bytes to read]; imm: bytes
+  // regs: shared address, global address [, bytes to read]
   Addresses to, from;
-  Op shared_side = op;
-  shared_side.space = Space::kShared;
-  shared_side.wide_address = op.sign;  // whether the shared address is 64 bits wide
-  shared_side.imm = static_cast<i64>(static_cast<i32>(op.used_bytes));
-  addresses_of(w, shared_side, op.regs[0], mask, to);
-  Op global_side = op;
-  global_side.imm = static_cast<i64>(static_cast<i32>(op.used_bytes >> 32));
-  addresses_of(w, global_side, op.regs[1], mask, from);
-  const u32 bytes = static_cast<u32>(op.imm);
+  addresses_of(w, op, {op.regs[0], op.wide_address, op.imm, Space::kShared}, mask, to);
+  addresses_of(w, op, {op.regs[1], op.wide_address2, op.imm2, Space::kGlobal}, mask, from);
+  const u32 bytes = op.width;
   u32 reading = 0;
   Cta& cta = *w.cta;
   if (op.num_src > 2) w.require_valid(op, op.regs[2], mask, 0x0f, "an asynchronous copy's size");
@@ -515,10 +519,8 @@ void load_matrix(Warp& w, const Op& op, u32 mask) {
     w.raise(op, std::countr_zero(~mask), "barrier", "barrier divergence: ldmatrix without all lanes of the warp");
   const int count = op.vector;
   Addresses a;
-  Op shared_side = op;
-  shared_side.space = Space::kShared;
   const u32 used = count == 4 ? kAllLanes : (1u << (8 * count)) - 1;
-  addresses_of(w, shared_side, op.regs[op.num_dst], used, a);
+  addresses_of(w, op, first_address(op, op.num_dst), used, a);
   Cta& cta = *w.cta;
   OpCounters& c = (*w.counters)[op.index];
   for (int l = 0; l < 8 * count; ++l) {
@@ -539,7 +541,7 @@ void load_matrix(Warp& w, const Op& op, u32 mask) {
       u32 v = 0;
       u8 bits = 0;
       for (int h = 0; h < 2; ++h) {
-        const int row = op.sign ? 2 * (l % 4) + h : l / 4, column = op.sign ? l / 4 : 2 * (l % 4) + h;
+        const int row = op.transposed ? 2 * (l % 4) + h : l / 4, column = op.transposed ? l / 4 : 2 * (l % 4) + h;
         const u64 at = rows[row] + 2 * static_cast<u64>(column);
         u16 e;
         memcpy(&e, cta.shared.data() + at, 2);
@@ -550,9 +552,7 @@ void load_matrix(Warp& w, const Op& op, u32 mask) {
       valid[l] = bits;
       all = all && bits == 0x0f;
     }
-    Op element = op;
-    element.width = 4;
-    set_loaded(w, element, kAllLanes, m, valid, all);
+    set_loaded(w, op, kAllLanes, m, valid, all);
   }
 }
 
@@ -614,9 +614,7 @@ void decode_access(Decoder& d, const Instruction& in, Op& op, bool is_load) {
     op.rule = Rule::kOwn;
     return;
   }
-  bool wide = true;
-  const Reg base = d.address_base(in.operands[where], wide, op.space);
-  op.wide_address = wide;
+  const Reg base = d.address_base(in.operands[where], op.wide_address);
   op.imm = in.operands[where].offset;
   if (is_load) {
     d.set(op, regs, {base});
@@ -639,13 +637,10 @@ void decode_atomic(Decoder& d, const Instruction& in, Op& op, bool has_result) {
   if (what.empty() || !set_atomic_of(op, what, type)) Decoder::fail("atomic ." + what + " of type ." + type);
   op.space = space_of(in);
   op.width = static_cast<u8>(type_bytes(type));
-  op.atomic = true;
   if (op.space != Space::kShared) d.program().synchronises_ctas = true;
   const size_t at = has_result ? 1 : 0;
   d.expect_operands(in, at + (what == "cas" ? 3 : 2));
-  bool wide = true;
-  std::vector<Reg> src = {d.address_base(in.operands[at], wide, op.space)};
-  op.wide_address = wide;
+  std::vector<Reg> src = {d.address_base(in.operands[at], op.wide_address)};
   op.imm = in.operands[at].offset;
   for (size_t i = at + 1; i < in.operands.size(); ++i) src.push_back(d.source(in.operands[i], type));
   std::vector<Reg> dst;
@@ -675,22 +670,19 @@ void decode_async(Decoder& d, const Instruction& in, Op& op) {
   if (in.has("mbarrier") || in.has("bulk")) Decoder::fail("cp.async with mbarrier or bulk");
   if (in.operands.size() < 3 || in.operands.size() > 4)
     Decoder::fail("cp.async with " + std::to_string(in.operands.size()) + " operands");
-  op.imm = static_cast<i64>(in.operands[2].bits);
-  if (op.imm != 4 && op.imm != 8 && op.imm != 16) Decoder::fail("cp.async of other than 4, 8 or 16 bytes");
-  bool wide_to = true, wide_from = true;
-  std::vector<Reg> src = {d.address_base(in.operands[0], wide_to, Space::kShared),
-                          d.address_base(in.operands[1], wide_from, Space::kGlobal)};
+  const u64 bytes = in.operands[2].bits;
+  if (bytes != 4 && bytes != 8 && bytes != 16) Decoder::fail("cp.async of other than 4, 8 or 16 bytes");
+  op.width = static_cast<u8>(bytes);
+  std::vector<Reg> src = {d.address_base(in.operands[0], op.wide_address),
+                          d.address_base(in.operands[1], op.wide_address2)};
   if (in.operands.size() == 4) {
     const Operand& o = in.operands[3];
     if (o.kind == Operand::kName && d.is_register(o.name) && d.type_of(o.name) == "pred")
       Decoder::fail("cp.async with ignore-src");
     src.push_back(d.source(o, "u32"));
   }
-  op.sign = wide_to;
-  op.wide_address = wide_from;
-  op.space = Space::kGlobal;
-  op.used_bytes = static_cast<u32>(in.operands[0].offset) | static_cast<u64>(static_cast<u32>(in.operands[1].offset))
-                                                                << 32;
+  op.imm = in.operands[0].offset;
+  op.imm2 = in.operands[1].offset;
   d.set(op, {}, src);
   op.exec = &async_copy;
 }
@@ -713,16 +705,16 @@ bool decode_memory(Decoder& d, const Instruction& in, Op& op) {
   } else if (o == "ldmatrix") {
     op.vector = in.has("x4") ? 4 : in.has("x2") ? 2 : 1;
     if (!in.has("m8n8") || in.last() != "b16") return false;
-    op.sign = in.has("trans");
+    op.transposed = in.has("trans");
+    op.space = Space::kShared;
+    op.width = 4;  // of what a lane gets
     d.expect_operands(in, 2);
     const Operand& to = in.operands[0];
     std::vector<Operand> list = to.kind == Operand::kVector ? to.list : std::vector<Operand>{to};
     if (list.size() != op.vector) Decoder::fail("ldmatrix with " + std::to_string(list.size()) + " results");
     std::vector<Reg> dst;
     for (const auto& r : list) dst.push_back(d.result(r, "b32"));
-    bool wide = true;
-    const Reg base = d.address_base(in.operands[1], wide, Space::kShared);
-    op.wide_address = wide;
+    const Reg base = d.address_base(in.operands[1], op.wide_address);
     op.imm = in.operands[1].offset;
     d.set(op, dst, {base});
     op.exec = &load_matrix;

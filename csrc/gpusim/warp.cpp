@@ -243,7 +243,7 @@ void mma(Warp& w, const Op& op, u32 mask) {
       } else if constexpr (std::is_same_v<Acc, float>) {
         w.reg<float>(op, e)[l] = canonical(static_cast<float>(v));
       } else {
-        w.reg<i32>(op, e)[l] = op.sign ? saturate<i32>(v, Round::kNearest) : static_cast<i32>(static_cast<i64>(v));
+        w.reg<i32>(op, e)[l] = op.saturate ? saturate<i32>(v, Round::kNearest) : static_cast<i32>(static_cast<i64>(v));
       }
     }
   mma_validity(w, op, num_a, num_b, 16);
@@ -283,7 +283,7 @@ bool decode_mma(Decoder& d, const Instruction& in, Op& op) {
     if (shape.rfind("m16n8k", 0) != 0) return false;
     const int k = std::stoi(shape.substr(6));
     op.imm = k;
-    op.sign = in.has("satfinite");
+    op.saturate = in.has("satfinite");
     if (ta == "bf16" && tb == "bf16" && td == "f32" && (k == 8 || k == 16)) op.exec = &mma<bf16, bf16, float>;
     if (ta == "f16" && tb == "f16" && td == "f32" && (k == 8 || k == 16)) op.exec = &mma<f16, f16, float>;
     if (ta == "f16" && tb == "f16" && td == "f16" && (k == 8 || k == 16)) op.exec = &mma<f16, f16, f16>;
