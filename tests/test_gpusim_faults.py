@@ -44,6 +44,11 @@ FAULTS: dict[str, tuple] = {
         "mov.u32 %r10, 0;\nL:\nadd.u32 %r11, %r1, %r10;\nst.shared.b32 [%r4], %r11;\nbar.sync 0;\nld.shared.b32 %r7, [%r6];\nbar.sync 0;\n"
         "add.u32 %r10, %r10, 1;\nsetp.lt.u32 %p1, %r10, 3;\n@%p1 bra L;\nst.global.b32 [%d5], %r7;",
     ),
+    "two stores of a warp meet": (
+        "race",
+        "xor.b32 %r7, %r4, 4;\nst.shared.b32 [%r4], %r1;\nst.shared.b32 [%r7], %r3; // <-",
+        "xor.b32 %r7, %r4, 4;\nst.shared.b32 [%r4], %r1;\nbar.warp.sync -1;\nst.shared.b32 [%r7], %r3;",
+    ),
     "named barrier of the wrong warps": (
         "race",
         "st.shared.b32 [%r4], 0;\nbar.sync 0;\nst.shared.b32 [%r4], %r1;\nshr.u32 %r7, %r1, 5;\nbar.sync %r7, 32;\nld.shared.b32 %r8, [%r6]; // <-\nst.global.b32 [%d5], %r8;",
@@ -280,6 +285,10 @@ CLEAN: dict[str, tuple] = {
     "lanes store different values to one address": ("st.shared.b32 [%r2], %r1;", {"threads": 32}),
     "CTAs write equal values": ("st.global.b32 [%d5], %r1;", {"ctas": 3}),
     "warps write equal values": ("st.shared.b32 [%r2], 7;\nbar.sync 0;\nld.shared.b32 %r7, [%r2];\nst.global.b32 [%d5], %r7;", {}),
+    "warps hold the same values, lanes of a warp do not": (
+        "and.b32 %r7, %r1, 31;\nst.shared.b32 [%r2], %r7;\nbar.sync 0;\nld.shared.b32 %r8, [%r2];\nst.global.b32 [%d5], %r8;",
+        {},
+    ),
     "warps read one byte": ("st.shared.b32 [%r4], %r1;\nbar.sync 0;\nld.shared.b32 %r7, [%r2];\nbar.sync 0;\nst.shared.b32 [%r4], %r7;", {"threads": 128}),
     "early return before a barrier": ("setp.ge.u32 %p1, %r1, 32;\n@%p1 ret;\nst.shared.b32 [%r4], %r1;\nbar.sync 0;\nld.shared.b32 %r7, [%r4];\nst.global.b32 [%d5], %r7;", {}),
     "early return of some lanes": ("setp.ge.u32 %p1, %r1, 50;\n@%p1 ret;\nst.shared.b32 [%r4], %r1;\nbar.sync 0;\nld.shared.b32 %r7, [%r4];\nst.global.b32 [%d5], %r7;", {}),

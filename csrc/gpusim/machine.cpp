@@ -362,10 +362,21 @@ void Cta::read_shared(Warp& w, const Op& op, int lane, u32 offset, u32 bytes) {
   }
 }
 
-void Cta::write_shared(Warp& w, const Op& op, int lane, u32 offset, const u8* data, u32 bytes) {
-  if (!launch.options.races) return;
+void Cta::write_shared(Warp& w, const Op& op, int lane, u32 offset, const u8* data, const u8* valid, u32 bytes) {
+  const bool follows = launch.options.races;
   const u32 me = stamp_of(w.time(), static_cast<u32>(w.index), static_cast<u32>(lane));
   for (u32 b = offset; b < offset + bytes; ++b) {
+    if (writer_serial[b] == serial) {  // a higher lane of this instruction won
+      (*w.counters)[op.index].collisions += 1;
+      continue;
+    }
+    const u8 before_it = shared[b];
+    if (data != nullptr) {
+      shared[b] = data[b - offset];
+      shared_valid[b] = valid[b - offset];
+    }
+    writer_serial[b] = serial;
+    if (!follows) continue;
     if (in_flight[b])
       return w.fault(
           op, lane, "race",
@@ -373,11 +384,8 @@ void Cta::write_shared(Warp& w, const Op& op, int lane, u32 offset, const u8* da
           nullptr, writer_op[b]);
     const u32 wrote = writer[b];
     if (wrote != 0 && !before(w, lane, wrote)) {
-      // Lanes of one instruction, and warps that hold the same values (Triton's replicated layouts), are no error.
-      const bool one =
-          warp_of(wrote) == static_cast<u32>(w.index) && w.last_store == op.index && w.last_store_count == w.executed;
-      const bool equal = data != nullptr && shared[b] == data[b - offset] && !launch.options.strict_races;
-      if (one || equal) {
+      // Warps that hold the same values (Triton's replicated layouts) are no error.
+      if (data != nullptr && before_it == data[b - offset] && !launch.options.strict_races) {
         (*w.counters)[op.index].collisions += 1;
       } else {
         return w.fault(op, lane, "race",
@@ -407,8 +415,6 @@ void Cta::write_shared(Warp& w, const Op& op, int lane, u32 offset, const u8* da
     writer[b] = me;
     writer_op[b] = op.index;
   }
-  w.last_store = op.index;
-  w.last_store_count = w.executed;
 }
 
 // ---- CTAs
@@ -424,6 +430,7 @@ Cta::Cta(Launch& launch) : launch(launch), program(launch.program) {
   reader.resize(bytes);
   writer_op.resize(bytes);
   reader_op.resize(bytes);
+  writer_serial.resize(bytes);
   in_flight.resize(bytes);
   many_readers.resize(bytes);
   reader_of_warp.resize(bytes * count);
@@ -449,6 +456,8 @@ void Cta::start(u32 linear_index) {
   std::fill(writer.begin(), writer.end(), 0);
   std::fill(reader.begin(), reader.end(), 0);
   std::fill(in_flight.begin(), in_flight.end(), 0);
+  std::fill(writer_serial.begin(), writer_serial.end(), 0);
+  serial = 0;
   std::fill(many_readers.begin(), many_readers.end(), 0);
   std::fill(reader_of_warp.begin(), reader_of_warp.end(), 0);
   barriers = {};
@@ -469,7 +478,6 @@ void Cta::start(u32 linear_index) {
     w.copy_groups = {};
     w.barrier = -1;
     w.executed = 0;
-    w.last_store = ~0u;
     for (int s = 0; s < kNumSpecial; ++s) {
       if (!(program.used_special >> s & 1)) continue;
       for (int l = 0; l < kLanes; ++l) {

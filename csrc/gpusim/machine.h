@@ -225,8 +225,6 @@ struct Warp {
   std::array<u32, kLanes> copy_groups{};
   int barrier = -1;
   u64 executed = 0;
-  u32 last_store = ~0u;  // the operation that stored to shared memory last, and when
-  u64 last_store_count = 0;
   std::vector<OpCounters>* counters = nullptr;
 
   template <class T = u8>
@@ -266,7 +264,9 @@ struct Cta {
   std::vector<u8> shared_valid;
   std::vector<u32> writer, reader;        // stamps, by byte of shared memory
   std::vector<u32> writer_op, reader_op;  // the operations they come from
-  std::vector<u8> in_flight;              // asynchronous copies to come, by byte
+  std::vector<u32> writer_serial;         // which execution of a store wrote the byte
+  u32 serial = 0;
+  std::vector<u8> in_flight;  // asynchronous copies to come, by byte
   // Where several warps read a byte with no order between them: whether, and the stamp of each warp.
   std::vector<u8> many_readers;
   std::vector<u32> reader_of_warp;
@@ -280,8 +280,9 @@ struct Cta {
   void release(int barrier);
   u32 live_threads() const;  // in whole warps, as barriers count them
   void read_shared(Warp& w, const Op& op, int lane, u32 offset, u32 bytes);
-  // `data`: what is written now, nullptr for what comes later.
-  void write_shared(Warp& w, const Op& op, int lane, u32 offset, const u8* data, u32 bytes);
+  // Checks and writes: data with the validity of each byte, or nothing yet (nullptr). Lanes of one instruction come
+  // from the highest to the lowest, and the highest wins where they meet.
+  void write_shared(Warp& w, const Op& op, int lane, u32 offset, const u8* data, const u8* valid, u32 bytes);
 };
 
 // A stamp: time << 12 | several lanes << 11 | warp << 5 | lane; 0 is "never".

@@ -307,9 +307,12 @@ void store(Warp& w, const Op& op, u32 mask) {
   const u8 element = op.width == 8 ? kWhole : static_cast<u8>((1u << op.width) - 1);
   if (!shared)
     for (int i = 0; i < op.vector; ++i) w.require_valid(op, op.regs[1 + i], mask, element, "a store to global memory");
-  for (int l = 0; l < kLanes; ++l) {
+  cta.serial += 1;
+  for (int k = 0; k < kLanes; ++k) {
+    const int l =
+        shared ? kLanes - 1 - k : k;  // where lanes meet, the highest wins: first in shared memory, last in global
     if (!(mask >> l & 1)) continue;
-    u8 data[32];
+    u8 data[64], valid[64];
     for (int i = 0; i < op.vector; ++i) {
       if (op.wide)
         memcpy(data + i * op.width, &w.reg<u64>(op, 1 + i)[l], op.width);
@@ -322,13 +325,12 @@ void store(Warp& w, const Op& op, u32 mask) {
         mask &= ~(1u << l);
         continue;
       }
-      cta.write_shared(w, op, l, static_cast<u32>(offset), data, bytes);
-      memcpy(cta.shared.data() + offset, data, bytes);
       for (int i = 0; i < op.vector; ++i) {
         const Reg& r = op.regs[1 + i];
         const u8 bits = w.partial[r.id] ? w.valid[r.id][l] : kWhole;
-        for (u32 b = 0; b < op.width; ++b) cta.shared_valid[offset + i * op.width + b] = bits >> b & 1;
+        for (u32 b = 0; b < op.width; ++b) valid[i * op.width + b] = bits >> b & 1;
       }
+      cta.write_shared(w, op, l, static_cast<u32>(offset), data, valid, bytes);
     } else {
       Region* r = checked(w, op, l, a.lane[l], bytes, bytes, "store");
       if (r != nullptr && r->constant) {
@@ -502,7 +504,8 @@ void async_copy(Warp& w, const Op& op, u32 mask) {
       c.bytes += size;
     }
     // Nobody may use these bytes from now until the wait, and a barrier for other threads.
-    cta.write_shared(w, op, l, copy.shared, nullptr, bytes);
+    cta.serial += 1;
+    cta.write_shared(w, op, l, copy.shared, nullptr, nullptr, bytes);
     for (u32 b = 0; b < bytes; ++b) cta.in_flight[copy.shared + b] += 1;
     w.copies.push_back(copy);
   }
