@@ -226,6 +226,25 @@ def test_check_lists_what_is_not_supported():
     assert [text.splitlines()[line - 1] for line, _, _ in found] == [t for _, t, _ in found]
 
 
+@pytest.mark.parametrize(
+    "instruction",
+    ["sub.sat.s32 %r7, %r1, %r1", "cvt.rni.sat.f32.f32 %f1, %f2", "min.xorsign.abs.f32 %f1, %f2, %f2", "add.rz.sat.f32 %f1, %f2, %f2",
+     "rcp.approx.ftz.f64 %e1, %e2", "cvt.s64.s32 %d9, %d3", "cvt.u8.u32 %p1, %r1", "ld.global.u32 %r7, [%p1]", "mov.u64 %d9, %tid.x",
+     "ld.param.u64 %d9, [a+9223372036854775807]", "mov.pred %p1, !%p2", "mov.u32 %r7, %clock",
+     "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%f0, %f1}, {%r1}, {%r1}, {%f1}", "ld.volatile.shared.b32 %r7, [%r4]"],
+)  # fmt: skip
+def test_what_would_be_misread_is_refused(instruction):
+    assert len(gpusim.check(source(f"{instruction};"))) == 1
+
+
+def test_bytes_of_an_element_that_are_not_used_are_not_read():
+    a, b = torch.arange(64, dtype=torch.int32), torch.zeros(64, dtype=torch.int32)
+    body = 'setp.eq.u32 %p1, %r1, 15;\nmul.wide.u32 %d6, %r1, 4;\nadd.u64 %d6, %d6, %d1;\nmov.u64 %d9, 0;\n.pragma "used_bytes_mask 0x000f";\n@%p1 ld.global.b64 %d9, [%d6+4];\nst.global.b32 [%d5], %r1;'
+    with gpusim.options(on_error="collect"):
+        report = run(body, a[:17].clone(), b, threads=16)
+    assert report.errors == []
+
+
 # ---- Triton
 @triton.jit
 def _add_kernel(x_ptr, y_ptr, out_ptr, n, BLOCK: tl.constexpr, LIMIT: tl.constexpr):

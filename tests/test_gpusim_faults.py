@@ -49,6 +49,22 @@ FAULTS: dict[str, tuple] = {
         "xor.b32 %r7, %r4, 4;\nst.shared.b32 [%r4], %r1;\nst.shared.b32 [%r7], %r3; // <-",
         "xor.b32 %r7, %r4, 4;\nst.shared.b32 [%r4], %r1;\nbar.warp.sync -1;\nst.shared.b32 [%r7], %r3;",
     ),
+    "atomic beside a plain store": (
+        "race",
+        "st.shared.b32 [%r2], 0; // <-\nsetp.lt.u32 %p1, %r1, 32;\n@%p1 bra L;\natom.shared.add.u32 %r7, [%r2], 1;\nL:",
+        "st.shared.b32 [%r2], 0;\nbar.sync 0;\nsetp.lt.u32 %p1, %r1, 32;\n@%p1 bra L;\natom.shared.add.u32 %r7, [%r2], 1;\nL:",
+    ),
+    "half of the warps at a named barrier": (
+        "race",
+        "st.shared.b32 [%r4], 0;\nbar.sync 0;\nst.shared.b32 [%r4], %r1;\nbar.sync 1, 64;\nxor.b32 %r7, %r4, 256;\nld.shared.b32 %r8, [%r7]; // <-\nst.global.b32 [%d5], %r8;",
+        "st.shared.b32 [%r4], 0;\nbar.sync 0;\nst.shared.b32 [%r4], %r1;\nbar.sync 1, 128;\nxor.b32 %r7, %r4, 256;\nld.shared.b32 %r8, [%r7];\nst.shared.b32 [%r4+512], %r8;",
+        {"threads": 128},
+    ),
+    "zero that nobody wrote": (
+        "uninitialised",
+        "mov.u32 %r7, 255;\nld.shared.b32 %r8, [%r4];\nand.b32 %r7, %r7, %r8;\nst.global.b32 [%d5], %r7; // <-",
+        "mov.u32 %r7, 0;\nld.shared.b32 %r8, [%r4];\nand.b32 %r7, %r7, %r8;\nst.global.b32 [%d5], %r7;",
+    ),
     "named barrier of the wrong warps": (
         "race",
         "st.shared.b32 [%r4], 0;\nbar.sync 0;\nst.shared.b32 [%r4], %r1;\nshr.u32 %r7, %r1, 5;\nbar.sync %r7, 32;\nld.shared.b32 %r8, [%r6]; // <-\nst.global.b32 [%d5], %r8;",

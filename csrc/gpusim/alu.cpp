@@ -853,7 +853,9 @@ bool decode_mov(Decoder& d, const Instruction& in, Op& op) {
       Decoder::fail("mov of a vector of " + std::to_string(list.size()));
     const std::string piece_type = piece == 4 ? "b32" : piece == 2 ? "b16" : "b8";
     std::vector<Reg> pieces;
-    for (const auto& o : list) pieces.push_back(packs ? d.source(o, piece_type, true) : d.result(o, piece_type, true));
+    for (const auto& o : list)
+      pieces.push_back(packs ? d.source(o, piece_type, Decoder::Wider::kInItsCell)
+                             : d.result(o, piece_type, Decoder::Wider::kInItsCell));
     op.imm = piece;
     if (packs) {
       d.set(op, {d.result(to, type)}, pieces);
@@ -886,7 +888,7 @@ bool decode_setp(Decoder& d, const Instruction& in, Op& op) {
   d.expect_operands(in, op.imm ? 4 : 3);
   src = {d.source(in.operands[1], type), d.source(in.operands[2], type)};
   if (op.imm) {
-    src.push_back(d.predicate(in.operands[3]));
+    src.push_back(d.predicate(in.operands[3], true));
     if (in.operands[3].negated) op.imm |= 4;
   }
   if (in.has("ftz")) Decoder::fail("setp.ftz");
@@ -913,7 +915,8 @@ bool decode_cvt(Decoder& d, const Instruction& in, Op& op) {
     op.exec = bytes == 8 ? to_byte<u64>(is_signed) : bytes == 4 ? to_byte<u32>(is_signed) : to_byte<u16>(is_signed);
     const Operand& result = in.operands.at(0);
     if (!d.is_register(result.name) || d.is_wide(result.name)) return false;
-    d.set(op, {d.result(result, d.type_of(result.name))}, {d.source(in.operands.at(1), from, true)});
+    d.set(op, {d.result(result, d.type_of(result.name))},
+          {d.source(in.operands.at(1), from, Decoder::Wider::kInItsCell)});
     return true;
   }
   op.exec = conversion(in, to, from);
@@ -925,10 +928,70 @@ bool decode_cvt(Decoder& d, const Instruction& in, Op& op) {
     return true;
   }
   d.expect_operands(in, 2);
-  d.set(op, {d.result(in.operands[0], storage)}, {d.source(in.operands[1], from, true)});
+  d.set(op, {d.result(in.operands[0], storage)}, {d.source(in.operands[1], from, Decoder::Wider::kInItsCell)});
   const bool integers = !is_float(to) && !is_float(from);
   if (integers && type_bytes(from) < type_bytes(to) && in.has("sat")) Decoder::fail("cvt.sat to a wider type");
-  if (integers) op.rule = Rule::kExtend, op.imm = type_bytes(from);
+  if (integers) op.rule = Rule::kExtend, op.imm = std::min(type_bytes(from), type_bytes(to));
+  return true;
+}
+
+}  // namespace
+
+namespace {
+
+bool is_alu(const std::string& o) {
+  static const std::set<std::string> names = {"add", "sub",  "mul",  "mad",  "fma",  "div",  "rem",  "min",  "max",
+                                              "abs", "neg",  "sad",  "shl",  "shr",  "bfe",  "bfi",  "and",  "or",
+                                              "xor", "not",  "cnot", "brev", "popc", "clz",  "rcp",  "sqrt", "rsqrt",
+                                              "ex2", "lg2",  "sin",  "cos",  "tanh", "cvt",  "setp", "selp", "copysign",
+                                              "mov", "cvta", "lop3", "prmt", "shf",  "bmsk", "bfind"};
+  return names.count(o) > 0;
+}
+
+// Modifiers that the decoders below read; any other would change the result unseen.
+bool knows_modifiers(const Instruction& in) {
+  static const std::set<std::string> rounds = {"rn", "rz", "rm", "rp", "ftz"};
+  static const std::set<std::string> joins = {"and", "or", "xor"};
+  static const std::map<std::string, std::set<std::string>> own = {{"add", {"sat"}},
+                                                                   {"mul", {"sat", "lo", "hi", "wide"}},
+                                                                   {"mad", {"lo", "hi", "wide"}},
+                                                                   {"fma", {"sat", "relu"}},
+                                                                   {"div", {"approx", "full"}},
+                                                                   {"min", {"NaN"}},
+                                                                   {"max", {"NaN"}},
+                                                                   {"rcp", {"approx"}},
+                                                                   {"sqrt", {"approx"}},
+                                                                   {"rsqrt", {"approx"}},
+                                                                   {"ex2", {"approx"}},
+                                                                   {"lg2", {"approx"}},
+                                                                   {"sin", {"approx"}},
+                                                                   {"cos", {"approx"}},
+                                                                   {"tanh", {"approx"}},
+                                                                   {"cvta", {"to", "global", "shared", "const"}},
+                                                                   {"shf", {"l", "r", "wrap", "clamp"}},
+                                                                   {"bmsk", {"clamp"}},
+                                                                   {"bfind", {"shiftamt"}},
+                                                                   {"cvt", {"rni", "rzi", "rmi", "rpi", "rna", "sat"}}};
+  const auto known = own.find(in.opcode);
+  for (size_t i = 0; i < in.modifiers.size(); ++i) {
+    const std::string& m = in.modifiers[i];
+    const bool type = type_bytes(m) >= 0 || m == "tf32";
+    const bool compares = in.opcode == "setp" && (i == 0 || joins.count(m));
+    if (!type && !compares && !rounds.count(m) && (known == own.end() || !known->second.count(m))) return false;
+  }
+  const bool directed = in.has("rz") || in.has("rm") || in.has("rp");
+  const std::string type = in.last();
+  if (in.has("sat") && in.opcode != "cvt" && (directed || in.has("ftz") || type_bytes(type) == 8)) return false;
+  if (in.has("ftz") && in.opcode != "cvt" && type != "f32") return false;
+  if (type == "f64" && in.has("approx")) return false;
+  if (in.opcode == "cvt" && in.modifiers.size() >= 2) {
+    const std::string &to = in.modifiers[in.modifiers.size() - 2], &from = type;
+    const bool integral = in.has("rni") || in.has("rzi") || in.has("rmi") || in.has("rpi");
+    if (in.has("sat") && is_float(to) && (to != "f32" || from != "f32" || integral)) return false;
+    if (in.has("ftz") && from != "f32") return false;
+    if (in.has("ftz") && (to == "f16" || to == "bf16" || to == "f16x2" || to == "bf16x2" || in.has("sat")))
+      return false;
+  }
   return true;
 }
 
@@ -936,6 +999,7 @@ bool decode_cvt(Decoder& d, const Instruction& in, Op& op) {
 
 bool decode_alu(Decoder& d, const Instruction& in, Op& op) {
   const std::string& o = in.opcode;
+  if (!in.modifiers.empty() && is_alu(o) && !knows_modifiers(in)) Decoder::fail("a modifier of ." + in.last());
   if (o == "mov") return decode_mov(d, in, op);
   if (o == "setp") return decode_setp(d, in, op);
   if (o == "cvt") return decode_cvt(d, in, op);
@@ -1105,8 +1169,8 @@ bool decode_alu(Decoder& d, const Instruction& in, Op& op) {
   d.set(op, {d.result(in.operands[0], result)}, src);
   if (o == "and") op.rule = Rule::kAnd;
   if (o == "or") op.rule = Rule::kOr;
-  if (o == "shl") op.rule = Rule::kShl;
-  if (o == "shr") op.rule = Rule::kShr;
+  if (o == "shl" && type_bytes(type) >= 4) op.rule = Rule::kShl;
+  if (o == "shr" && type_bytes(type) >= 4 && type[0] != 's') op.rule = Rule::kShr;
   op.wide = type_bytes(result) == 8;
   return true;
 }

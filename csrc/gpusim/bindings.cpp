@@ -51,7 +51,7 @@ Options options_from(const py::dict& d) {
   return o;
 }
 
-// regions: (base, size, host address, name, fresh output?, constant?, [(begin, end)])
+// regions: (base, size, host address, name, [(begin, end)] of fresh outputs, constant?, [(begin, end)])
 py::dict launch(const Program& p, std::array<u32, 3> grid, std::array<u32, 3> block, const py::bytes& params,
                 const py::list& regions, u64 dynamic_shared, const py::dict& options) {
   Launch run(p);
@@ -69,7 +69,9 @@ py::dict launch(const Program& p, std::array<u32, 3> grid, std::array<u32, 3> bl
     r.size = t[1].cast<u64>();
     r.host = reinterpret_cast<u8*>(t[2].cast<u64>());
     r.name = t[3].cast<std::string>();
-    if (t[4].cast<bool>()) r.valid.assign(r.size, 0);
+    const auto fresh = t[4].cast<std::vector<std::pair<u64, u64>>>();
+    if (!fresh.empty()) r.valid.assign(r.size, 1);
+    for (const auto& [begin, end] : fresh) std::fill(r.valid.begin() + begin, r.valid.begin() + end, 0);
     r.constant = t[5].cast<bool>();
     r.views = t[6].cast<std::vector<std::pair<u64, u64>>>();
     run.regions.push_back(std::move(r));
@@ -105,7 +107,9 @@ py::dict launch(const Program& p, std::array<u32, 3> grid, std::array<u32, 3> bl
       load_sectors += any & 1;
       store_sectors += any >> 1 & 1;
     }
-    distinct[py::str(r.name)] = py::make_tuple(loaded, stored, load_sectors, store_sectors);
+    std::string name = r.name;
+    while (distinct.contains(py::str(name))) name += "'";
+    distinct[py::str(name)] = py::make_tuple(loaded, stored, load_sectors, store_sectors);
   }
   py::dict out;
   out["faults"] = faults;
@@ -139,7 +143,7 @@ PYBIND11_MODULE(_core, m) {
                   p) {  // module variables in global and constant memory: name, bytes, initial values, constant
              py::list out;
              for (const auto& v : p.module.variables)
-               if (v.space == Variable::kGlobal || v.space == Variable::kConst)
+               if (!v.external && (v.space == Variable::kGlobal || v.space == Variable::kConst))
                  out.append(py::make_tuple(v.name, v.bytes,
                                            py::bytes(reinterpret_cast<const char*>(v.initial.data()), v.initial.size()),
                                            v.space == Variable::kConst));

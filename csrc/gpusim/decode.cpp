@@ -125,13 +125,25 @@ Reg Decoder::constant(u64 bits, bool wide) {
 
 Reg Decoder::sink(bool wide) { return allocate(wide); }
 
-Reg Decoder::predicate(const Operand& o) {
+namespace {
+
+bool fits(int have, int bytes, Decoder::Wider wider) {
+  if (have == bytes) return true;
+  if (wider == Decoder::Wider::kNo || have < bytes) return false;
+  return wider == Decoder::Wider::kAny || have < 8;
+}
+
+}  // namespace
+
+Reg Decoder::predicate(const Operand& o, bool may_be_negated) {
+  if (o.negated && !may_be_negated) fail("a negated predicate as an operand");
   if (o.kind != Operand::kName || !is_register(o.name) || type_of(o.name) != "pred")
     fail("expected a predicate, got " + o.name);
   return named(o.name);
 }
 
-Reg Decoder::source(const Operand& o, const std::string& type, bool relaxed) {
+Reg Decoder::source(const Operand& o, const std::string& type, Wider wider) {
+  if (o.negated) fail("a negated operand");
   const int bytes = type_bytes(type);
   if (bytes <= 0) fail("a source of type ." + type);
   const bool wide = bytes == 8;
@@ -155,15 +167,19 @@ Reg Decoder::source(const Operand& o, const std::string& type, bool relaxed) {
   if (is_register(o.name)) {
     const std::string& own = type_of(o.name);
     if (own == "pred") fail("register " + o.name + " is a predicate");
+    if (o.offset != 0) fail("register " + o.name + " with an offset");
     const int have = type_bytes(own);
-    if (have != bytes && !(relaxed && have >= bytes)) fail("register " + o.name + " of type ." + own + " as ." + type);
+    if (!fits(have, bytes, wider)) fail("register " + o.name + " of type ." + own + " as ." + type);
     return named(o.name);
   }
   const auto special = special_names().find(o.name);
   if (special != special_names().end()) {
+    const bool own_wide = special->second == kClock64 || special->second == kGridId;
+    if (own_wide != wide || bytes < 4) fail("special register " + o.name + " as ." + type);
+    if (special->second == kClock || special->second == kClock64) fail("special register " + o.name);
     Reg& r = p_.special[special->second];
     if (!(p_.used_special >> special->second & 1)) {
-      r = allocate(special->second == kClock64 || special->second == kGridId);
+      r = allocate(own_wide);
       p_.initially_valid[r.id] = 1;
       p_.used_special |= 1u << special->second;
     }
@@ -177,13 +193,14 @@ Reg Decoder::source(const Operand& o, const std::string& type, bool relaxed) {
   return r;
 }
 
-Reg Decoder::result(const Operand& o, const std::string& type, bool relaxed) {
+Reg Decoder::result(const Operand& o, const std::string& type, Wider wider) {
   if (o.kind != Operand::kName) fail("expected a register for the result");
   const int bytes = type_bytes(type);
   if (o.name == "_") return sink(bytes == 8);
   if (!is_register(o.name)) fail("result " + o.name + " is not a declared register");
   const int have = type_bytes(type_of(o.name));
-  if (have != bytes && !(relaxed && have >= bytes))
+  if (have == 0) fail("result " + o.name + " is a predicate");
+  if (!fits(have, bytes, wider))
     fail("register " + o.name + " of type ." + type_of(o.name) + " for a result of type ." + type);
   return named(o.name);
 }
@@ -195,7 +212,9 @@ Reg Decoder::address_base(const Operand& o, bool& wide) {
     return constant(0, true);
   }
   if (is_register(o.name)) {
-    wide = is_wide(o.name);
+    const int bytes = type_bytes(type_of(o.name));
+    if (bytes != 4 && bytes != 8) fail("an address in register " + o.name + " of type ." + type_of(o.name));
+    wide = bytes == 8;
     return named(o.name);
   }
   wide = true;
@@ -326,7 +345,7 @@ void Decoder::run() {
     const int next = falls_to[b];
     if (next >= 0 && (k + 1 == order.size() || order[k + 1] != next)) {
       Op jump;
-      jump.source = end - 1;
+      jump.source = -1;
       jump.flow = next == blocks ? Flow::kExit : Flow::kBranch;
       if (next != blocks) branches.emplace_back(static_cast<u32>(p_.ops.size()), next);
       emit(jump);

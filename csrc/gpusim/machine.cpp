@@ -244,8 +244,8 @@ void Warp::run(u64 quantum) {
     switch (op.flow) {
       case Flow::kNext:
         if (mask) {
+          propagate(op, mask);  // before the sources may be overwritten
           op.exec(*this, op, mask);
-          propagate(op, mask);
         }
         pc += 1;
         break;
@@ -281,6 +281,7 @@ void Warp::run(u64 quantum) {
         b.arrived += kLanes;
         barrier = static_cast<int>(id);
         pc += 1;
+        if (expected != 0 && b.arrived == expected) cta->release(static_cast<int>(id));  // the next to come begin anew
         return;
       }
     }
@@ -363,20 +364,23 @@ void Cta::read_shared(Warp& w, const Op& op, int lane, u32 offset, u32 bytes) {
 }
 
 void Cta::write_shared(Warp& w, const Op& op, int lane, u32 offset, const u8* data, const u8* valid, u32 bytes) {
-  const bool follows = launch.options.races;
-  const u32 me = stamp_of(w.time(), static_cast<u32>(w.index), static_cast<u32>(lane));
-  for (u32 b = offset; b < offset + bytes; ++b) {
-    if (writer_serial[b] == serial) {  // a higher lane of this instruction won
+  u8 old[64];
+  bool mine[64];
+  for (u32 k = 0; k < bytes; ++k) {  // a lane's store is whole, whatever is found below
+    const u32 b = offset + k;
+    mine[k] = writer_serial[b] != serial;
+    if (!mine[k]) {  // a higher lane of this instruction won
       (*w.counters)[op.index].collisions += 1;
       continue;
     }
-    const u8 before_it = shared[b];
-    if (data != nullptr) {
-      shared[b] = data[b - offset];
-      shared_valid[b] = valid[b - offset];
-    }
     writer_serial[b] = serial;
-    if (!follows) continue;
+    old[k] = shared[b];
+    if (data != nullptr) shared[b] = data[k], shared_valid[b] = valid[k];
+  }
+  if (!launch.options.races) return;
+  const u32 me = stamp_of(w.time(), static_cast<u32>(w.index), static_cast<u32>(lane));
+  for (u32 b = offset; b < offset + bytes; ++b) {
+    if (!mine[b - offset]) continue;
     if (in_flight[b])
       return w.fault(
           op, lane, "race",
@@ -385,7 +389,7 @@ void Cta::write_shared(Warp& w, const Op& op, int lane, u32 offset, const u8* da
     const u32 wrote = writer[b];
     if (wrote != 0 && !before(w, lane, wrote)) {
       // Warps that hold the same values (Triton's replicated layouts) are no error.
-      if (data != nullptr && before_it == data[b - offset] && !launch.options.strict_races) {
+      if (data != nullptr && old[b - offset] == data[b - offset] && !launch.options.strict_races) {
         (*w.counters)[op.index].collisions += 1;
       } else {
         return w.fault(op, lane, "race",
@@ -413,6 +417,29 @@ void Cta::write_shared(Warp& w, const Op& op, int lane, u32 offset, const u8* da
     }
     reader[b] = 0;
     writer[b] = me;
+    writer_op[b] = op.index;
+  }
+}
+
+void Cta::update_shared(Warp& w, const Op& op, int lane, u32 offset, u32 bytes) {
+  const auto atomic = [&](u32 other) { return program.ops[other].apply != nullptr; };
+  for (u32 b = offset; b < offset + bytes; ++b) {
+    shared_valid[b] = 1;
+    if (!launch.options.races) continue;
+    const std::string what = "race: shared byte " + std::to_string(b);
+    if (in_flight[b])
+      return w.fault(op, lane, "race", what + " is updated while an asynchronous copy to it is in flight", b, nullptr,
+                     writer_op[b]);
+    if (writer[b] != 0 && !atomic(writer_op[b]) && !before(w, lane, writer[b]))
+      return w.fault(op, lane, "race",
+                     what + " was written by " + who(writer[b]) + " and is updated with no barrier between", b, nullptr,
+                     writer_op[b]);
+    if (reader[b] != 0 && !before(w, lane, reader[b]))
+      return w.fault(op, lane, "race",
+                     what + " was read by " + who(reader[b]) + " and is updated with no barrier between", b, nullptr,
+                     reader_op[b]);
+    reader[b] = 0;
+    writer[b] = stamp_of(w.time(), static_cast<u32>(w.index), static_cast<u32>(lane));
     writer_op[b] = op.index;
   }
 }

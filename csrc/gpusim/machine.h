@@ -65,7 +65,7 @@ struct Op {
   bool leader = false;  // first of a block
   bool wide = false;    // of the result's storage: 8 bytes a lane
   bool sign = false;    // of what is loaded: extended by its sign
-  bool transposed = false, saturate = false, read_only = false;
+  bool transposed = false, saturate = false, read_only = false, overwrites = false;
   bool wide_address = true, wide_address2 = true;  // 8 bytes a lane, or 4
   Reg guard{};
   i64 imm = 0;                // of an access: added to its address
@@ -282,6 +282,7 @@ struct Cta {
   void read_shared(Warp& w, const Op& op, int lane, u32 offset, u32 bytes);
   // Checks and writes: data with the validity of each byte, or nothing yet (nullptr). Lanes of one instruction come
   // from the highest to the lowest, and the highest wins where they meet.
+  void update_shared(Warp& w, const Op& op, int lane, u32 offset, u32 bytes);  // by an atomic operation
   void write_shared(Warp& w, const Op& op, int lane, u32 offset, const u8* data, const u8* valid, u32 bytes);
 };
 
@@ -301,10 +302,12 @@ class Decoder {
   explicit Decoder(Program& p) : p_(p) {}
   void run();
 
-  // Operands. `type` is the instruction's type of this operand; registers may be wider where `relaxed`.
-  Reg source(const Operand& o, const std::string& type, bool relaxed = false);
-  Reg result(const Operand& o, const std::string& type, bool relaxed = false);
-  Reg predicate(const Operand& o);
+  // Operands. `type` is the instruction's type of this operand; the register may be wider, as far as the instruction
+  // reads its cells: 4 bytes a lane, or 8 as well.
+  enum class Wider { kNo, kInItsCell, kAny };
+  Reg source(const Operand& o, const std::string& type, Wider wider = Wider::kNo);
+  Reg result(const Operand& o, const std::string& type, Wider wider = Wider::kNo);
+  Reg predicate(const Operand& o, bool may_be_negated = false);
   Reg constant(u64 bits, bool wide);
   Reg address_base(const Operand& o, bool& wide);
   Reg sink(bool wide);

@@ -240,13 +240,10 @@ void load(Warp& w, const Op& op, u32 mask) {
     const std::vector<u8>* shadow = nullptr;
     u64 offset = 0;
     // Bytes that the compiler says are not used are not accessed: the load may reach beyond the tensor there.
-    u64 begin = 0, end = bytes;
-    if (op.used_bytes != ~0ull) {
-      const u64 used = op.used_bytes & (bytes >= 64 ? ~0ull : (1ull << bytes) - 1);
-      begin = used ? static_cast<u64>(std::countr_zero(used)) : 0;
-      end = used ? 64 - static_cast<u64>(std::countl_zero(used)) : 0;
-    }
-    const u32 span = static_cast<u32>(end - begin);
+    const u64 used = op.used_bytes & (bytes >= 64 ? ~0ull : (1ull << bytes) - 1);
+    const u32 begin = used ? static_cast<u32>(std::countr_zero(used)) : 0;
+    const u32 end = used ? 64 - static_cast<u32>(std::countl_zero(used)) : 0, span = end - begin;
+    u8 raw[64] = {}, known[64] = {};
     if (shared) {
       offset = a.lane[l];
       if (!checked_shared(w, op, l, offset, bytes, bytes, "load")) {
@@ -255,9 +252,13 @@ void load(Warp& w, const Op& op, u32 mask) {
       }
       data = cta.shared.data() + offset;
       shadow = &cta.shared_valid;
-      cta.read_shared(w, op, l, static_cast<u32>(offset), bytes);
-    } else {
-      if (span == 0) continue;
+      for (u32 k = begin; k < end;) {  // runs of used bytes
+        u32 n = 0;
+        while (k + n < end && used >> (k + n) & 1) ++n;
+        if (n) cta.read_shared(w, op, l, static_cast<u32>(offset) + k, n);
+        k += n + 1;
+      }
+    } else if (span > 0) {
       const bool aligned = a.lane[l] % bytes == 0;
       Region* r = aligned && span < bytes ? checked(w, op, l, a.lane[l] + begin, span, 1, "load")
                                           : checked(w, op, l, a.lane[l], bytes, bytes, "load");
@@ -268,21 +269,31 @@ void load(Warp& w, const Op& op, u32 mask) {
       offset = a.lane[l] - r->base;
       data = r->host + offset;
       shadow = &r->valid;
-      follow_read(w, op, l, *r, offset + begin, span);
+      for (u32 k = begin; k < end;) {
+        u32 n = 0;
+        while (k + n < end && used >> (k + n) & 1) ++n;
+        if (n) follow_read(w, op, l, *r, offset + k, n);
+        k += n + 1;
+      }
     }
+    if (span == bytes && op.used_bytes == ~0ull) {
+      memcpy(raw, data, bytes);
+      if (shadow->empty())
+        memset(known, 1, bytes);
+      else
+        memcpy(known, shadow->data() + offset, bytes);
+    } else {
+      for (u32 k = begin; k < end; ++k)
+        if (used >> k & 1) raw[k] = data[k], known[k] = shadow->empty() ? 1 : (*shadow)[offset + k];
+    }
+    const u8 element = op.width == 8 ? kWhole : static_cast<u8>((1u << op.width) - 1);
     for (int i = 0; i < op.vector; ++i) {
       const u32 at = static_cast<u32>(i) * op.width;
-      if (at + op.width <= begin || at >= end) {  // not used: no bytes there
-        const u8 zero[8] = {};
-        put_element(w, op, i, l, zero);
-        valid[i][l] = 0;
-        all = false;
-        continue;
-      }
-      put_element(w, op, i, l, data + at);
-      valid[i][l] = valid_bytes(*shadow, offset + at, op.width);
-      const u8 element = op.width == 8 ? kWhole : static_cast<u8>((1u << op.width) - 1);
-      if ((valid[i][l] & element) != element) {
+      put_element(w, op, i, l, raw + at);
+      u8 bits = 0;
+      for (u32 k = 0; k < op.width; ++k) bits |= static_cast<u8>((known[at + k] != 0) << k);
+      valid[i][l] = bits;
+      if (bits != element) {
         all = false;
         if (cta.launch.options.uninit_at_load && op.used_bytes == ~0ull)
           w.fault(op, l, "uninitialised", "uninitialised bytes are loaded", a.lane[l]);
@@ -376,6 +387,8 @@ void atomic(Warp& w, const Op& op, u32 mask) {
   const auto apply = reinterpret_cast<T (*)(T, T, T)>(op.apply);
   Cta& cta = *w.cta;
   OpCounters& c = (*w.counters)[op.index];
+  const u8 whole = sizeof(T) == 8 ? kWhole : static_cast<u8>((1u << sizeof(T)) - 1);
+  const bool overwrites = op.overwrites;  // exchange: the old value is not used
   using Lane = std::conditional_t<sizeof(T) == 8, u64, u32>;
   for (int l = 0; l < kLanes; ++l) {
     if (!(mask >> l & 1)) continue;
@@ -383,14 +396,27 @@ void atomic(Warp& w, const Op& op, u32 mask) {
     if (shared) {
       if (!checked_shared(w, op, l, a.lane[l], sizeof(T), sizeof(T), "atomic operation")) continue;
       data = cta.shared.data() + a.lane[l];
-      if (valid_bytes(cta.shared_valid, a.lane[l], sizeof(T)) != (sizeof(T) == 8 ? kWhole : (1u << sizeof(T)) - 1))
+      if (cta.launch.options.uninit && !overwrites &&
+          (valid_bytes(cta.shared_valid, a.lane[l], sizeof(T)) & whole) != whole)
         w.fault(op, l, "uninitialised", "uninitialised shared memory is updated by an atomic operation", a.lane[l]);
+      cta.update_shared(w, op, l, static_cast<u32>(a.lane[l]), sizeof(T));
     } else {
       Region* r = checked(w, op, l, a.lane[l], sizeof(T), sizeof(T), "atomic operation");
       if (r == nullptr) continue;
+      if (r->constant) {
+        w.fault(op, l, "out of bounds", "out of bounds: an atomic operation on constant memory, " + r->name, a.lane[l],
+                r);
+        continue;
+      }
       const u64 offset = a.lane[l] - r->base;
       data = r->host + offset;
-      for (u32 b = 0; b < sizeof(T); ++b) r->touched[offset + b] |= 3;
+      if (cta.launch.options.uninit && !overwrites && (valid_bytes(r->valid, offset, sizeof(T)) & whole) != whole)
+        w.fault(op, l, "uninitialised", "uninitialised memory is updated by an atomic operation, " + r->name, a.lane[l],
+                r);
+      for (u32 b = 0; b < sizeof(T); ++b) {
+        r->touched[offset + b] |= 3;
+        if (!r->valid.empty()) r->valid[offset + b] = 1;
+      }
     }
     Lane va = 0, vb = 0;
     memcpy(&va, w.file + src[1].value + sizeof(Lane) * l, sizeof(Lane));
@@ -409,7 +435,10 @@ void atomic(Warp& w, const Op& op, u32 mask) {
   }
   if (op.num_dst) w.set_valid(op.regs[0], mask);
   c.bytes += static_cast<u64>(std::popcount(mask)) * sizeof(T);
-  if (!shared) count_sectors(c, a, mask, sizeof(T));
+  if (shared)
+    count_wavefronts(c, a.lane, mask, sizeof(T));
+  else
+    count_sectors(c, a, mask, sizeof(T));
 }
 
 template <class T, class F>
@@ -584,6 +613,8 @@ void decode_access(Decoder& d, const Instruction& in, Op& op, bool is_load) {
   op.sign = type[0] == 's';
   op.read_only = in.has("nc");
   if (op.space == Space::kLocal) Decoder::fail("local memory");
+  if (synchronises(in) && op.space == Space::kShared)
+    Decoder::fail("volatile, relaxed, acquire or release in shared memory");
   if (synchronises(in) && (op.space == Space::kGlobal || op.space == Space::kGeneric))
     d.program().synchronises_ctas = true;
   const size_t data = is_load ? 0 : 1, where = is_load ? 1 : 0;
@@ -601,7 +632,7 @@ void decode_access(Decoder& d, const Instruction& in, Op& op, bool is_load) {
     if (first) op.wide = wide;
     if (wide != op.wide) Decoder::fail("registers of different widths in one vector");
     first = false;
-    regs.push_back(is_load ? d.result(o, type, true) : d.source(o, type, true));
+    regs.push_back(is_load ? d.result(o, type, Decoder::Wider::kAny) : d.source(o, type, Decoder::Wider::kAny));
   }
   if (op.space == Space::kParam) {
     if (!is_load) Decoder::fail("st.param");
@@ -609,9 +640,10 @@ void decode_access(Decoder& d, const Instruction& in, Op& op, bool is_load) {
     const auto it = d.program().param_offsets.find(a.name);
     if (a.kind != Operand::kAddress || it == d.program().param_offsets.end())
       Decoder::fail("ld.param of an unknown parameter");
-    op.imm = static_cast<i64>(it->second) + a.offset;
-    if (op.imm < 0 || op.imm + bytes * op.vector > static_cast<i64>(d.program().param_bytes))
-      Decoder::fail("ld.param beyond the parameters");
+    const u64 room = d.program().param_bytes, need = static_cast<u64>(bytes) * op.vector;
+    const u64 at = it->second + static_cast<u64>(a.offset);
+    if (at > room || room - at < need) Decoder::fail("ld.param beyond the parameters");
+    op.imm = static_cast<i64>(at);
     d.set(op, regs, {});
     op.exec = &load_param;
     op.rule = Rule::kOwn;
@@ -640,6 +672,7 @@ void decode_atomic(Decoder& d, const Instruction& in, Op& op, bool has_result) {
   if (what.empty() || !set_atomic_of(op, what, type)) Decoder::fail("atomic ." + what + " of type ." + type);
   op.space = space_of(in);
   op.width = static_cast<u8>(type_bytes(type));
+  op.overwrites = what == "exch";
   if (op.space != Space::kShared) d.program().synchronises_ctas = true;
   const size_t at = has_result ? 1 : 0;
   d.expect_operands(in, at + (what == "cas" ? 3 : 2));

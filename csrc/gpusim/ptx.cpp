@@ -300,16 +300,18 @@ class Parser {
       const Token t = next();
       if (t.kind != Token::kInt && t.kind != Token::kFloat32 && t.kind != Token::kFloat64)
         throw PtxError(t.line, "unsupported: initialiser " + describe(t));
-      const uint64_t bits = negative ? 0 - t.bits : t.bits;
+      uint64_t bits = negative ? 0 - t.bits : t.bits;
+      const bool is_float = v.type == "f32" || v.type == "f64";
+      if (is_float != (t.kind != Token::kInt) || (v.type == "f32" && t.kind == Token::kFloat64) ||
+          (v.type == "f64" && t.kind == Token::kFloat32))
+        throw PtxError(t.line, "unsupported: initialiser " + describe(t) + " for ." + v.type);
+      if (is_float && negative) bits = t.bits ^ 1ull << (v.type == "f32" ? 31 : 63);
       for (int i = 0; i < element; ++i) bytes.push_back(static_cast<uint8_t>(bits >> (8 * i)));
     };
     if (accept("{")) {
       while (!at("}")) {
-        if (at("{") || at("}") || at(",")) {
-          next();
-          continue;
-        }
-        value();
+        if (at("{")) fail("unsupported: nested initialisers");
+        if (!accept(",")) value();
       }
       expect("}");
     } else {
@@ -527,9 +529,12 @@ class Parser {
     Operand o;
     if (accept("{")) {
       o.kind = Operand::kVector;
-      do o.list.push_back(simple_operand());
-      while (accept(","));
+      do {
+        if (at("{")) fail("a vector inside a vector");
+        o.list.push_back(simple_operand());
+      } while (accept(","));
       expect("}");
+      if (o.list.size() > 16) fail("a vector of more than 16 elements");
       return o;
     }
     if (accept("[")) {
@@ -544,6 +549,7 @@ class Parser {
       return o;
     }
     if (accept("!")) {
+      if (peek().kind != Token::kWord) fail("expected a predicate after !, got " + describe(peek()));
       o = simple_operand();
       o.negated = true;
       return o;
@@ -578,13 +584,13 @@ class Parser {
   }
 
   int64_t offset() {
-    int64_t sum = 0;
+    uint64_t sum = 0;  // wraps as addresses do
     while (at("+") || at("-")) {
       const bool minus = next().text == "-";
-      const int64_t v = static_cast<int64_t>(integer());
-      sum += minus ? -v : v;
+      const uint64_t v = integer();
+      sum += minus ? 0 - v : v;
     }
-    return sum;
+    return static_cast<int64_t>(sum);
   }
 
   Lexer lexer_;

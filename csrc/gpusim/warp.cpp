@@ -301,6 +301,15 @@ bool decode_mma(Decoder& d, const Instruction& in, Op& op) {
   std::vector<Reg> dst, src;
   auto list = [](const Operand& o) { return o.kind == Operand::kVector ? o.list : std::vector<Operand>{o}; };
   for (const auto& o : list(in.operands[0])) dst.push_back(d.result(o, acc));
+  const int per = ta == "tf32" ? 1 : ta == "f16" || ta == "bf16" ? 2 : 4;
+  const size_t num_a = acc == "f64" ? 1 : static_cast<size_t>(op.imm) / (4 * per) * 2;
+  const size_t num_b = acc == "f64" ? 1 : static_cast<size_t>(op.imm) / (4 * per);
+  const size_t num_d = acc == "f64" || td == "f16" ? 2 : 4;
+  const size_t lengths[] = {num_d, num_a, num_b, num_d};
+  for (size_t i = 0; i < 4; ++i)
+    if (list(in.operands[i]).size() != lengths[i])
+      Decoder::fail("mma with " + std::to_string(list(in.operands[i]).size()) + " registers for operand " +
+                    std::to_string(i));
   for (size_t i = 1; i < 4; ++i)
     for (const auto& o : list(in.operands[i])) src.push_back(d.source(o, i == 3 ? acc : element));
   d.set(op, dst, src);
@@ -337,7 +346,7 @@ bool decode_warp(Decoder& d, const Instruction& in, Op& op) {
     const bool ballot = op.imm == kBallot;
     if (in.operands[1].negated) op.imm |= 4;
     d.set(op, {ballot ? d.result(in.operands[0], "b32") : d.predicate(in.operands[0])},
-          {d.predicate(in.operands[1]), d.source(in.operands[2], "b32")});
+          {d.predicate(in.operands[1], true), d.source(in.operands[2], "b32")});
     op.exec = &vote;
     return true;
   }

@@ -47,7 +47,7 @@ def check(ptx: str) -> list[tuple[int, str, str]]:
 class Mapping(NamedTuple):
     """The simulated address space of a launch."""
 
-    regions: list[tuple[int, int, int, str, bool, bool, list[tuple[int, int]]]]
+    regions: list[tuple[int, int, int, str, list[tuple[int, int]], bool, list[tuple[int, int]]]]
     address: Callable[[torch.Tensor], int]
 
 
@@ -68,7 +68,9 @@ def _rows(tensor: torch.Tensor) -> list[tuple[int, int]]:
 
 def map_tensors(tensors: Sequence[tuple[str, torch.Tensor]], options: Options, first_slot: int = 1) -> Mapping:
     """One region for each distinct storage, in the order of the tensors."""
-    outputs = {t.untyped_storage().data_ptr() for t in options.outputs}
+    fresh: dict[int, list[tuple[int, int]]] = {}
+    for t in options.outputs:
+        fresh.setdefault(t.untyped_storage().data_ptr(), []).extend(_rows(t))
     regions: dict[int, list[Any]] = {}
     for name, tensor in tensors:
         if tensor.device.type != "cpu":
@@ -79,7 +81,7 @@ def map_tensors(tensors: Sequence[tuple[str, torch.Tensor]], options: Options, f
             raise ValueError(f"{name}: expected a storage below 4 GiB, got {storage.nbytes()} bytes")
         if key not in regions:
             base = (first_slot + len(regions)) * _SLOT + key % 512
-            regions[key] = [base, storage.nbytes(), key, name, key in outputs, False, []]
+            regions[key] = [base, storage.nbytes(), key, name, fresh.get(key, []), False, []]
         else:
             regions[key][3] += f"/{name}"
         if options.bounds == "view":
@@ -174,7 +176,7 @@ def run_ptx(
         memory = ctypes.create_string_buffer(initial, max(size, 1))
         keep_alive.append(memory)
         host = ctypes.addressof(memory)
-        regions.append(((len(regions) + 1) * _SLOT + host % 512, size, host, name, False, constant, []))
+        regions.append(((len(regions) + 1) * _SLOT + host % 512, size, host, name, [], constant, []))
     outcome = core().launch(kernel, grid, block, bytes(buffer), regions, shared_bytes, opts.record())
     errors = [error_of(entry_name, record) for record in outcome["faults"]]
     if errors and opts.on_error == "raise":
