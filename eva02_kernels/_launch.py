@@ -86,8 +86,8 @@ def pair_chunks(head_dim: int) -> tuple[int, int]:
 
 # ---- attention -------------------------------------------------------------------------------------------------------
 # BLOCK_M queries by BLOCK_N keys, for heads that take tiles of up to 64, 96 and 128 channels. Each was the largest
-# without spilled registers among those compiled for 8.0 in bfloat16 with axis tables (benchmarks/results/kernels.json
-# has the variants that do spill); rotated tiles are computed in registers, which is what limits them.
+# without spilled registers among those compiled in bfloat16 (benchmarks/results/kernels.json has the few variants that
+# do spill); rotated tiles are computed in registers, which is what limits them.
 _ATTENTION = {
     "fwd": {
         64: (choice(4, 2, BLOCK_M=64, BLOCK_N=64), choice(8, 2, BLOCK_M=128, BLOCK_N=64)),
@@ -100,17 +100,23 @@ _ATTENTION = {
         128: (choice(8, 2, BLOCK_M=64, BLOCK_N=32), choice(4, 1, BLOCK_M=32, BLOCK_N=32)),
     },
     "dkdv": {
-        64: (choice(4, 2, BLOCK_M=32, BLOCK_N=64), choice(8, 2, BLOCK_M=32, BLOCK_N=128)),
+        64: (choice(8, 2, BLOCK_M=16, BLOCK_N=128), choice(4, 1, BLOCK_M=32, BLOCK_N=64)),
         96: (choice(4, 1, BLOCK_M=16, BLOCK_N=64), choice(8, 1, BLOCK_M=16, BLOCK_N=128)),
         128: (choice(8, 1, BLOCK_M=16, BLOCK_N=128), choice(4, 1, BLOCK_M=32, BLOCK_N=32)),
     },
 }
+# What 12.0, which needs more registers, gets instead.
+_ATTENTION_120 = {
+    (kernel, 96): (choice(4, 1, BLOCK_M=64, BLOCK_N=32), choice(8, 1, BLOCK_M=128, BLOCK_N=32))
+    for kernel in ("fwd", "dq")
+}
 # float32 products without TF32 have no matrix instruction: operands are in registers too. The same goes for every
 # product on 7.5, whose matrix instructions Triton does not use.
+_LARGE, _MIDDLE, _SMALL = (choice(8, 1, BLOCK_M=m, BLOCK_N=n) for m, n in ((32, 32), (16, 32), (16, 16)))
 _ATTENTION_FLOAT32 = {
-    64: choice(8, 1, BLOCK_M=32, BLOCK_N=32),
-    96: choice(8, 1, BLOCK_M=32, BLOCK_N=32),
-    128: choice(8, 1, BLOCK_M=16, BLOCK_N=16),
+    "fwd": {64: _LARGE, 96: _MIDDLE, 128: _SMALL},
+    "dq": {64: _LARGE, 96: _SMALL, 128: _SMALL},
+    "dkdv": {64: _LARGE, 96: _MIDDLE, 128: _SMALL},
 }
 _ATTENTION_75 = {
     64: choice(8, 1, BLOCK_M=16, BLOCK_N=32),
@@ -130,7 +136,11 @@ def attention(kernel: str, dtype: torch.dtype, head_dim: int, arch: int) -> tupl
     channels = next(n for n in (64, 96, 128) if head_dim <= n)
     if arch < 80:
         return (_ATTENTION_75[channels],)
-    return (_ATTENTION_FLOAT32[channels],) if dtype == torch.float32 else _ATTENTION[kernel][channels]
+    if dtype == torch.float32:
+        return (_ATTENTION_FLOAT32[kernel][channels],)
+    if arch >= 120 and (kernel, channels) in _ATTENTION_120:
+        return _ATTENTION_120[kernel, channels]
+    return _ATTENTION[kernel][channels]
 
 
 @functools.cache
