@@ -248,6 +248,8 @@ def test_every_operator_and_its_peers_agree(op: str) -> None:
             known = (
                 arm.reason is None
                 or "not installed" in arm.reason
+                or "need a GPU" in arm.reason
+                or "EVA-02 pairs neighbours" in arm.reason
                 or "SwiGLU" in arm.reason
                 or "hidden width" in arm.reason
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -262,7 +263,7 @@ def test_a_triton_kernel_runs_and_its_fault_is_at_the_users_line():
     with pytest.raises(gpusim.OutOfBoundsError, match=r"4000 of [xy]_ptr, which has 4000") as caught:
         gpusim.run_triton(_add_kernel, (4,), x, y, out, 1000, BLOCK=256, LIMIT=1)
     line = _add_kernel.starting_line_number + 4
-    assert f"{__file__}:{line}" in caught.value.where
+    assert f"{Path(__file__).name}:{line}" in caught.value.where  # Triton's cache may know another checkout
     assert caught.value.cta == (3, 0, 0)
 
 
