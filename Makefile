@@ -2,7 +2,7 @@
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 DIST := dist
-SOURCES := $(wildcard csrc/*/*) csrc/exports.map CMakeLists.txt setup.py
+SOURCES := $(filter-out csrc/gpusim/%,$(wildcard csrc/*/*)) csrc/exports.map CMakeLists.txt setup.py
 
 .PHONY: install gpusim test test-full test-gpu demo lint bench wheel wheel-files
 install: $(VENV)/.built

@@ -11,10 +11,9 @@ from pathlib import Path
 import torch
 
 import eva02_kernels
-from eva02_kernels import _triton
 from eva02_kernels.bench.machine import environment
 from eva02_kernels.bench.report import print_table, write_json
-from eva02_kernels.testing import gpusim
+from eva02_kernels.testing import executing, gpusim
 from eva02_kernels.testing.gpusim import Report
 
 DESCRIPTION = """\
@@ -58,14 +57,9 @@ def rope_attention(grid: tuple[int, int], heads: int) -> list[Report]:
     tokens = grid[0] * grid[1] + 1
     q, k, v = (torch.randn(1, tokens, heads, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
     reports: list[Report] = []
-    before = _triton.executing, _triton.target_arch
-    with gpusim.driver(80, on_report=reports.append):
-        _triton.executing, _triton.target_arch = "simulator", 80
-        try:
-            out = eva02_kernels.rope_attention(q, k, v, eva02_kernels.rope_2d(grid, 64), backend="triton")
-            torch.autograd.grad(out, (q, k, v), torch.randn_like(out))
-        finally:
-            _triton.executing, _triton.target_arch = before
+    with executing("simulator", on_report=reports.append):
+        out = eva02_kernels.rope_attention(q, k, v, eva02_kernels.rope_2d(grid, 64), backend="triton")
+        torch.autograd.grad(out, (q, k, v), torch.randn_like(out))
     return reports
 
 

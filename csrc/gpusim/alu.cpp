@@ -630,11 +630,8 @@ Exec float_to_half(const std::string& to, const std::string& from) {
 }
 
 template <class T, Round R>
-T integral(T v) {
-  if constexpr (R == Round::kNearest) return canonical(std::nearbyint(v));
-  if constexpr (R == Round::kZero) return canonical(std::trunc(v));
-  if constexpr (R == Round::kDown) return canonical(std::floor(v));
-  return canonical(std::ceil(v));
+T whole(T v) {
+  return canonical(static_cast<T>(integral(v, R)));
 }
 
 Exec conversion(const Instruction& in, const std::string& to, const std::string& from) {
@@ -684,25 +681,25 @@ Exec conversion(const Instruction& in, const std::string& to, const std::string&
     const bool z = in.has("ftz");
     if (to_integral) {
       if (r == Round::kZero)
-        return z ? exec_of<float, float>([](float v) { return integral<float, Round::kZero>(flush(v)); })
-                 : exec_of<float, float>([](float v) { return integral<float, Round::kZero>(v); });
+        return z ? exec_of<float, float>([](float v) { return whole<float, Round::kZero>(flush(v)); })
+                 : exec_of<float, float>([](float v) { return whole<float, Round::kZero>(v); });
       if (r == Round::kDown)
-        return z ? exec_of<float, float>([](float v) { return integral<float, Round::kDown>(flush(v)); })
-                 : exec_of<float, float>([](float v) { return integral<float, Round::kDown>(v); });
+        return z ? exec_of<float, float>([](float v) { return whole<float, Round::kDown>(flush(v)); })
+                 : exec_of<float, float>([](float v) { return whole<float, Round::kDown>(v); });
       if (r == Round::kUp)
-        return z ? exec_of<float, float>([](float v) { return integral<float, Round::kUp>(flush(v)); })
-                 : exec_of<float, float>([](float v) { return integral<float, Round::kUp>(v); });
-      return z ? exec_of<float, float>([](float v) { return integral<float, Round::kNearest>(flush(v)); })
-               : exec_of<float, float>([](float v) { return integral<float, Round::kNearest>(v); });
+        return z ? exec_of<float, float>([](float v) { return whole<float, Round::kUp>(flush(v)); })
+                 : exec_of<float, float>([](float v) { return whole<float, Round::kUp>(v); });
+      return z ? exec_of<float, float>([](float v) { return whole<float, Round::kNearest>(flush(v)); })
+               : exec_of<float, float>([](float v) { return whole<float, Round::kNearest>(v); });
     }
     return z ? exec_of<float, float>([](float v) { return canonical(flush(v)); })
              : exec_of<float, float>([](float v) { return canonical(v); });
   }
   if (to == "f64" && from == "f64" && to_integral) {
-    if (r == Round::kZero) return exec_of<double, double>([](double v) { return integral<double, Round::kZero>(v); });
-    if (r == Round::kDown) return exec_of<double, double>([](double v) { return integral<double, Round::kDown>(v); });
-    if (r == Round::kUp) return exec_of<double, double>([](double v) { return integral<double, Round::kUp>(v); });
-    return exec_of<double, double>([](double v) { return integral<double, Round::kNearest>(v); });
+    if (r == Round::kZero) return exec_of<double, double>([](double v) { return whole<double, Round::kZero>(v); });
+    if (r == Round::kDown) return exec_of<double, double>([](double v) { return whole<double, Round::kDown>(v); });
+    if (r == Round::kUp) return exec_of<double, double>([](double v) { return whole<double, Round::kUp>(v); });
+    return exec_of<double, double>([](double v) { return whole<double, Round::kNearest>(v); });
   }
   if (in.has("relu") || in.has("sat") || in.has("satfinite")) return nullptr;
   if (r == Round::kZero) return float_to_half<Round::kZero>(to, from);

@@ -320,15 +320,16 @@ u32 time_of(u32 stamp) { return stamp >> 12; }
 // Does what the stamp tells of happen before `w` now, in lane `lane`?
 bool before(const Warp& w, int lane, u32 stamp) {
   const u32 other = warp_of(stamp);
-  if (other == static_cast<u32>(w.index)) {
-    if (!(stamp & kSeveral) && (stamp & 31) == static_cast<u32>(lane)) return true;
-    return time_of(stamp) < w.clock[other];
-  }
-  return time_of(stamp) < w.clock[other];
+  const bool own_lane = !(stamp & kSeveral) && (stamp & 31) == static_cast<u32>(lane);
+  return (other == static_cast<u32>(w.index) && own_lane) || time_of(stamp) < w.clock[other];
 }
 
 std::string who(u32 stamp) {
   return "warp " + std::to_string(warp_of(stamp)) + (stamp & kSeveral ? "" : " lane " + std::to_string(stamp & 31));
+}
+
+void race(Warp& w, const Op& op, int lane, u32 byte, const std::string& what, u32 other_op) {
+  w.fault(op, lane, "race", "race: shared byte " + std::to_string(byte) + " " + what, byte, nullptr, other_op);
 }
 
 }  // namespace
@@ -338,16 +339,11 @@ void Cta::read_shared(Warp& w, const Op& op, int lane, u32 offset, u32 bytes) {
   const u32 me = stamp_of(w.time(), static_cast<u32>(w.index), static_cast<u32>(lane));
   for (u32 b = offset; b < offset + bytes; ++b) {
     if (in_flight[b])
-      return w.fault(
-          op, lane, "race",
-          "race: shared byte " + std::to_string(b) + " is read while an asynchronous copy to it is in flight", b,
-          nullptr, writer_op[b]);
+      return race(w, op, lane, b, "is read while an asynchronous copy to it is in flight", writer_op[b]);
     const u32 wrote = writer[b];
     if (wrote != 0 && !before(w, lane, wrote))
-      return w.fault(op, lane, "race",
-                     "race: shared byte " + std::to_string(b) + " was written by " + who(wrote) +
-                         " and is read with no barrier between",
-                     b, nullptr, writer_op[b]);
+      return race(w, op, lane, b, "was written by " + who(wrote) + " and is read with no barrier between",
+                  writer_op[b]);
     const u32 old = reader[b];
     if (old == me) continue;
     if (old != 0 && warp_of(old) == static_cast<u32>(w.index)) {
@@ -361,6 +357,32 @@ void Cta::read_shared(Warp& w, const Op& op, int lane, u32 offset, u32 bytes) {
       reader_of_warp[b * warps.size() + static_cast<size_t>(w.index)] = me | kSeveral;
     }
   }
+}
+
+bool Cta::change_shared(Warp& w, const Op& op, int lane, u32 b, bool writers_agree, const char* verb) {
+  if (in_flight[b]) {
+    race(w, op, lane, b, std::string("is ") + verb + " while an asynchronous copy to it is in flight", writer_op[b]);
+    return false;
+  }
+  const auto unordered = [&](const char* did, u32 stamp, u32 other_op) {
+    race(w, op, lane, b,
+         std::string("was ") + did + " by " + who(stamp) + " and is " + verb + " with no barrier between", other_op);
+    return false;
+  };
+  if (writer[b] != 0 && !writers_agree && !before(w, lane, writer[b]))
+    return unordered("written", writer[b], writer_op[b]);
+  if (reader[b] != 0 && !before(w, lane, reader[b])) return unordered("read", reader[b], reader_op[b]);
+  if (many_readers[b]) {
+    for (size_t i = 0; i < warps.size(); ++i) {
+      const u32 stamp = std::exchange(reader_of_warp[b * warps.size() + i], 0);
+      if (stamp != 0 && !before(w, lane, stamp)) return unordered("read", stamp, ~0u);
+    }
+    many_readers[b] = 0;
+  }
+  reader[b] = 0;
+  writer[b] = stamp_of(w.time(), static_cast<u32>(w.index), static_cast<u32>(lane));
+  writer_op[b] = op.index;
+  return true;
 }
 
 void Cta::write_shared(Warp& w, const Op& op, int lane, u32 offset, const u8* data, const u8* valid, u32 bytes) {
@@ -378,69 +400,21 @@ void Cta::write_shared(Warp& w, const Op& op, int lane, u32 offset, const u8* da
     if (data != nullptr) shared[b] = data[k], shared_valid[b] = valid[k];
   }
   if (!launch.options.races) return;
-  const u32 me = stamp_of(w.time(), static_cast<u32>(w.index), static_cast<u32>(lane));
-  for (u32 b = offset; b < offset + bytes; ++b) {
-    if (!mine[b - offset]) continue;
-    if (in_flight[b])
-      return w.fault(
-          op, lane, "race",
-          "race: shared byte " + std::to_string(b) + " is written while an asynchronous copy to it is in flight", b,
-          nullptr, writer_op[b]);
-    const u32 wrote = writer[b];
-    if (wrote != 0 && !before(w, lane, wrote)) {
-      // Warps that hold the same values (Triton's replicated layouts) are no error.
-      if (data != nullptr && old[b - offset] == data[b - offset] && !launch.options.strict_races) {
-        (*w.counters)[op.index].collisions += 1;
-      } else {
-        return w.fault(op, lane, "race",
-                       "race: shared byte " + std::to_string(b) + " was written by " + who(wrote) +
-                           " and is written again with no barrier between",
-                       b, nullptr, writer_op[b]);
-      }
-    }
-    const u32 read = reader[b];
-    if (read != 0 && !before(w, lane, read))
-      return w.fault(op, lane, "race",
-                     "race: shared byte " + std::to_string(b) + " was read by " + who(read) +
-                         " and is written with no barrier between",
-                     b, nullptr, reader_op[b]);
-    if (many_readers[b]) {
-      for (size_t i = 0; i < warps.size(); ++i) {
-        const u32 stamp = std::exchange(reader_of_warp[b * warps.size() + i], 0);
-        if (stamp != 0 && !before(w, lane, stamp))
-          return w.fault(op, lane, "race",
-                         "race: shared byte " + std::to_string(b) + " was read by " + who(stamp) +
-                             " and is written with no barrier between",
-                         b);
-      }
-      many_readers[b] = 0;
-    }
-    reader[b] = 0;
-    writer[b] = me;
-    writer_op[b] = op.index;
+  for (u32 k = 0; k < bytes; ++k) {
+    if (!mine[k]) continue;
+    const u32 b = offset + k;
+    // Warps that hold the same values (Triton's replicated layouts) are no error.
+    const bool equal = data != nullptr && old[k] == data[k] && !launch.options.strict_races;
+    if (equal && writer[b] != 0 && !before(w, lane, writer[b])) (*w.counters)[op.index].collisions += 1;
+    if (!change_shared(w, op, lane, b, equal, "written")) return;
   }
 }
 
 void Cta::update_shared(Warp& w, const Op& op, int lane, u32 offset, u32 bytes) {
-  const auto atomic = [&](u32 other) { return program.ops[other].apply != nullptr; };
   for (u32 b = offset; b < offset + bytes; ++b) {
     shared_valid[b] = 1;
-    if (!launch.options.races) continue;
-    const std::string what = "race: shared byte " + std::to_string(b);
-    if (in_flight[b])
-      return w.fault(op, lane, "race", what + " is updated while an asynchronous copy to it is in flight", b, nullptr,
-                     writer_op[b]);
-    if (writer[b] != 0 && !atomic(writer_op[b]) && !before(w, lane, writer[b]))
-      return w.fault(op, lane, "race",
-                     what + " was written by " + who(writer[b]) + " and is updated with no barrier between", b, nullptr,
-                     writer_op[b]);
-    if (reader[b] != 0 && !before(w, lane, reader[b]))
-      return w.fault(op, lane, "race",
-                     what + " was read by " + who(reader[b]) + " and is updated with no barrier between", b, nullptr,
-                     reader_op[b]);
-    reader[b] = 0;
-    writer[b] = stamp_of(w.time(), static_cast<u32>(w.index), static_cast<u32>(lane));
-    writer_op[b] = op.index;
+    const bool atomics = program.ops[writer_op[b]].apply != nullptr;  // no error between two of them
+    if (launch.options.races && !change_shared(w, op, lane, b, atomics, "updated")) return;
   }
 }
 
@@ -449,7 +423,6 @@ Cta::Cta(Launch& launch) : launch(launch), program(launch.program) {
   const u32 threads = launch.block[0] * launch.block[1] * launch.block[2];
   const size_t count = (threads + kLanes - 1) / kLanes;
   warps.resize(count);
-  counters.resize(program.ops.size());
   const size_t bytes = program.static_shared + launch.dynamic_shared;
   shared.resize(bytes);
   shared_valid.resize(bytes);
@@ -471,7 +444,7 @@ Cta::Cta(Launch& launch) : launch(launch), program(launch.program) {
     w.partial.resize(program.initially_valid.size());
     w.valid.resize(program.initially_valid.size());
     w.origin.resize(program.initially_valid.size());
-    w.counters = &counters;
+    w.counters = &launch.counters;
   }
 }
 
@@ -607,7 +580,7 @@ void Cta::run() {
                    "deadlock: warps wait for each other: " + waiting);
     }
   }
-  for (const Warp& w : warps) instructions += w.executed;
+  for (const Warp& w : warps) launch.instructions += w.executed;
 }
 
 // ---- launches
@@ -655,14 +628,6 @@ void Launch::run() {
     return;
   }
   Cta cta(*this);
-  auto finish = [&] {
-    for (size_t i = 0; i < counters.size(); ++i) {
-      OpCounters &a = counters[i], &b = cta.counters[i];
-      a.warps += b.warps, a.lanes += b.lanes, a.bytes += b.bytes, a.sectors += b.sectors;
-      a.wavefronts += b.wavefronts, a.ideal_wavefronts += b.ideal_wavefronts, a.collisions += b.collisions;
-    }
-    instructions = cta.instructions;
-  };
   try {
     for (u64 i = 0; i < total; ++i) {
       cta.start(!shuffled.empty() ? shuffled[i] : static_cast<u32>(options.order == "reverse" ? total - 1 - i : i));
@@ -671,7 +636,6 @@ void Launch::run() {
   } catch (const Fault& f) {
     faults.push_back(f);
   }
-  finish();
   // Fresh outputs must be written completely.
   for (const Region& r : regions) {
     if (r.valid.empty() || !faults.empty()) continue;

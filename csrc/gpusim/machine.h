@@ -271,8 +271,6 @@ struct Cta {
   std::vector<u8> many_readers;
   std::vector<u32> reader_of_warp;
   std::array<Barrier, 16> barriers{};
-  std::vector<OpCounters> counters;
-  u64 instructions = 0;
 
   Cta(Launch& launch);
   void start(u32 linear_index);
@@ -282,8 +280,10 @@ struct Cta {
   void read_shared(Warp& w, const Op& op, int lane, u32 offset, u32 bytes);
   // Checks and writes: data with the validity of each byte, or nothing yet (nullptr). Lanes of one instruction come
   // from the highest to the lowest, and the highest wins where they meet.
-  void update_shared(Warp& w, const Op& op, int lane, u32 offset, u32 bytes);  // by an atomic operation
   void write_shared(Warp& w, const Op& op, int lane, u32 offset, const u8* data, const u8* valid, u32 bytes);
+  void update_shared(Warp& w, const Op& op, int lane, u32 offset, u32 bytes);  // by an atomic operation
+  // What both ask of one byte; false after a fault. `writers_agree`: an unordered earlier write is no error.
+  bool change_shared(Warp& w, const Op& op, int lane, u32 b, bool writers_agree, const char* verb);
 };
 
 // A stamp: time << 12 | several lanes << 11 | warp << 5 | lane; 0 is "never".
@@ -322,7 +322,6 @@ class Decoder {
  private:
   Reg allocate(bool wide, bool predicate = false);
   Reg named(const std::string& name);
-  void layout_blocks();
 
   Program& p_;
   std::unordered_map<std::string, Reg> names_;

@@ -243,6 +243,14 @@ void load(Warp& w, const Op& op, u32 mask) {
     const u64 used = op.used_bytes & (bytes >= 64 ? ~0ull : (1ull << bytes) - 1);
     const u32 begin = used ? static_cast<u32>(std::countr_zero(used)) : 0;
     const u32 end = used ? 64 - static_cast<u32>(std::countl_zero(used)) : 0, span = end - begin;
+    const auto in_runs = [&](const auto& f) {  // f(first byte, bytes) for each run of used bytes
+      for (u32 k = begin; k < end;) {
+        u32 n = 0;
+        while (k + n < end && used >> (k + n) & 1) ++n;
+        if (n) f(k, n);
+        k += n + 1;
+      }
+    };
     u8 raw[64] = {}, known[64] = {};
     if (shared) {
       offset = a.lane[l];
@@ -252,12 +260,7 @@ void load(Warp& w, const Op& op, u32 mask) {
       }
       data = cta.shared.data() + offset;
       shadow = &cta.shared_valid;
-      for (u32 k = begin; k < end;) {  // runs of used bytes
-        u32 n = 0;
-        while (k + n < end && used >> (k + n) & 1) ++n;
-        if (n) cta.read_shared(w, op, l, static_cast<u32>(offset) + k, n);
-        k += n + 1;
-      }
+      in_runs([&](u32 k, u32 n) { cta.read_shared(w, op, l, static_cast<u32>(offset) + k, n); });
     } else if (span > 0) {
       const bool aligned = a.lane[l] % bytes == 0;
       Region* r = aligned && span < bytes ? checked(w, op, l, a.lane[l] + begin, span, 1, "load")
@@ -269,12 +272,7 @@ void load(Warp& w, const Op& op, u32 mask) {
       offset = a.lane[l] - r->base;
       data = r->host + offset;
       shadow = &r->valid;
-      for (u32 k = begin; k < end;) {
-        u32 n = 0;
-        while (k + n < end && used >> (k + n) & 1) ++n;
-        if (n) follow_read(w, op, l, *r, offset + k, n);
-        k += n + 1;
-      }
+      in_runs([&](u32 k, u32 n) { follow_read(w, op, l, *r, offset + k, n); });
     }
     if (span == bytes && op.used_bytes == ~0ull) {
       memcpy(raw, data, bytes);

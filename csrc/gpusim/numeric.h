@@ -31,6 +31,16 @@ inline float to_float(float v) { return v; }
 
 enum class Round : u8 { kNearest, kZero, kDown, kUp, kAway };
 
+inline double integral(double x, Round mode) {
+  switch (mode) {
+    case Round::kNearest: return std::nearbyint(x);
+    case Round::kZero: return std::trunc(x);
+    case Round::kDown: return std::floor(x);
+    case Round::kUp: return std::ceil(x);
+    default: return std::round(x);
+  }
+}
+
 // double -> a binary format with `mantissa` stored bits and exponents from `min_exponent` (of the smallest normal) up:
 // one rounding, any mode. Returns the rounded value as a double (infinite where it overflows to infinity).
 inline double round_to(double x, int mantissa, int min_exponent, double largest, Round mode) {
@@ -39,14 +49,7 @@ inline double round_to(double x, int mantissa, int min_exponent, double largest,
   std::frexp(x, &exponent);  // |x| in [2^(e-1), 2^e)
   const int scale = std::max(exponent - 1, min_exponent) - mantissa;
   const double scaled = std::ldexp(x, -scale);  // exact
-  double r;
-  switch (mode) {
-    case Round::kNearest: r = std::nearbyint(scaled); break;
-    case Round::kZero: r = std::trunc(scaled); break;
-    case Round::kDown: r = std::floor(scaled); break;
-    case Round::kUp: r = std::ceil(scaled); break;
-    default: r = std::round(scaled); break;
-  }
+  double r = integral(scaled, mode);
   r = std::ldexp(r, scale);
   if (std::fabs(r) > largest) {
     const bool clamps = mode == Round::kZero || (mode == Round::kDown && r > 0) || (mode == Round::kUp && r < 0);
@@ -105,14 +108,7 @@ T ptx_max(T a, T b, bool nan) {
 // float -> integer with saturation; not for NaN, whose result depends on the types.
 template <class To>
 To saturate(double x, Round mode) {
-  double r;
-  switch (mode) {
-    case Round::kNearest: r = std::nearbyint(x); break;
-    case Round::kZero: r = std::trunc(x); break;
-    case Round::kDown: r = std::floor(x); break;
-    case Round::kUp: r = std::ceil(x); break;
-    default: r = std::round(x); break;
-  }
+  const double r = integral(x, mode);
   constexpr double low = static_cast<double>(std::numeric_limits<To>::min());
   constexpr double high = static_cast<double>(std::numeric_limits<To>::max());  // 2^63, 2^64 for the 64-bit ones
   if (r <= low) return std::numeric_limits<To>::min();

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -93,11 +93,11 @@ class _Bounds:
 
 
 @contextlib.contextmanager
-def _simulator() -> Iterator[None]:
+def _simulator(on_report: Callable[[Any], None]) -> Iterator[None]:
     from eva02_kernels.testing import gpusim
 
     before = _triton.executing, _triton.target_arch
-    with gpusim.driver(80, on_report=lambda report: None):
+    with gpusim.driver(80, on_report=on_report):
         _triton.executing, _triton.target_arch = "simulator", 80
         try:
             yield
@@ -106,7 +106,7 @@ def _simulator() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def executing(mode: str) -> Iterator[None]:
+def executing(mode: str, *, on_report: Callable[[Any], None] = lambda report: None) -> Iterator[None]:
     """Inside, the Triton backend takes CPU tensors and runs its kernels on the CPU.
 
     Args:
@@ -114,9 +114,10 @@ def executing(mode: str) -> Iterator[None]:
             memory of a kernel's tensors raises. Kernels are decorated once, so the process must have been started with
             ``TRITON_INTERPRET=1``. ``"simulator"``: :mod:`eva02_kernels.testing.gpusim` executes the compiled kernels'
             PTX for compute capability 8.0, with all its checks; errors are its exceptions.
+        on_report: called with the simulator's report of each launch.
     """
     if mode == "simulator":
-        with _simulator():
+        with _simulator(on_report):
             yield
         return
     if mode != "interpreter":

@@ -26,12 +26,15 @@ class SimulationError(RuntimeError):
         self.address, self.tensor = record["address"], record["tensor"]
         self.other_line, self.other_text = record["other_line"], record["other_text"]
         self.other_where = record["other_where"]
-        place = f"\n  at {self.where or 'the end of the launch'}"
+        place = f"\n  at {self.where}" if self.where else ""
         if self.line:
             place += f"\n  PTX line {self.line}: {' '.join(self.text.split())}"
             place += f"\n  CTA {self.cta}, thread {self.thread}"
         if self.other_line:
-            place += f"\n  and {self.other_where}\n  PTX line {self.other_line}: {' '.join(self.other_text.split())}"
+            place += (
+                f"\n  and {self.other_where}".rstrip()
+                + f"\n  PTX line {self.other_line}: {' '.join(self.other_text.split())}"
+            )
         super().__init__(f"{kernel}: {record['message']}{place}")
 
 

@@ -66,7 +66,7 @@ def _rows(tensor: torch.Tensor) -> list[tuple[int, int]]:
     return ranges
 
 
-def map_tensors(tensors: Sequence[tuple[str, torch.Tensor]], options: Options, first_slot: int = 1) -> Mapping:
+def map_tensors(tensors: Sequence[tuple[str, torch.Tensor]], options: Options) -> Mapping:
     """One region for each distinct storage, in the order of the tensors."""
     fresh: dict[int, list[tuple[int, int]]] = {}
     for t in options.outputs:
@@ -80,7 +80,7 @@ def map_tensors(tensors: Sequence[tuple[str, torch.Tensor]], options: Options, f
         if storage.nbytes() >= _SLOT:
             raise ValueError(f"{name}: expected a storage below 4 GiB, got {storage.nbytes()} bytes")
         if key not in regions:
-            base = (first_slot + len(regions)) * _SLOT + key % 512
+            base = (1 + len(regions)) * _SLOT + key % 512
             regions[key] = [base, storage.nbytes(), key, name, fresh.get(key, []), False, []]
         else:
             regions[key][3] += f"/{name}"

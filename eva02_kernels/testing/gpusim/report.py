@@ -41,19 +41,15 @@ class Report:
     """The outcome of one launch."""
 
     kernel: str
-    total: Counters
+    counters: Counters
     lines: dict[str, Counters]
     opcodes: dict[str, int]  # executions by warps
     traffic: dict[str, Traffic]  # by tensor
     errors: list[SimulationError] = field(default_factory=list)
 
-    @property
-    def counters(self) -> Counters:
-        return self.total
-
     def table(self, count: int = 20) -> str:
         """The ``count`` busiest source lines and every tensor's traffic, as text."""
-        c = self.total
+        c = self.counters
         out = [
             f"{self.kernel}: {c.instructions} warp instructions, {c.lane_instructions} lane instructions",
             f"{'line':60} {'instr':>10} {'ld bytes':>12} {'ld sect':>9} {'st bytes':>12} {'st sect':>9} "
