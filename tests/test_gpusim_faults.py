@@ -243,7 +243,7 @@ FAULTS: dict[str, tuple] = {
     ),
     "divergent barrier": (
         "barrier",
-        "setp.lt.u32 %p1, %r1, 16;\n@%p1 bra L;\nst.shared.b32 [%r4], %r1;\nbar.sync 0; // <-\nL:",
+        "setp.lt.u32 %p1, %r1, 16;\n@%p1 bra L;\nst.shared.b32 [%r4], %r1;\nbar.sync 0; // <-\nL:\nbar.sync 0;",
         "setp.lt.u32 %p1, %r1, 32;\n@%p1 bra L;\nst.shared.b32 [%r4], %r1;\nbar.sync 1, 32;\nL:",
     ),
     "barrier that other warps do not reach": (
@@ -402,6 +402,7 @@ def test_faults_can_be_collected():
         "out of bounds",
         "out of bounds",
         "uninitialised",
+        "race",
     ]
 
 

@@ -146,6 +146,14 @@ Exec comparison(const std::string& how, const std::string& type) {
   return nullptr;
 }
 
+struct Flushed {
+  float v;
+};
+inline float value(Flushed f) { return flush(f.v); }
+Exec comparison_flushed(const std::string& how, const std::string& type) {
+  return type == "f32" ? float_comparison<Flushed>(how) : nullptr;
+}
+
 // ---- integers
 template <class T>
 T shift_left(T a, u32 n) {
@@ -871,10 +879,113 @@ bool decode_mov(Decoder& d, const Instruction& in, Op& op) {
   return true;
 }
 
+// ---- sums with a carry: regs: d [, carry out], a, b [, c] [, carry in]
+constexpr i64 kCarryOut = 1, kCarryIn = 2, kSubtract = 4, kProduct = 8, kHigh = 16;
+
+template <class T>
+void carried(Warp& w, const Op& op, u32 mask) {
+  const bool in = op.imm & kCarryIn, out = op.imm & kCarryOut, product = op.imm & kProduct;
+  const int first = op.num_dst;
+  const T *a = w.reg<T>(op, first), *b = w.reg<T>(op, first + 1), *c = product ? w.reg<T>(op, first + 2) : nullptr;
+  const u32 carry = in ? *w.reg<u32>(op, first + (product ? 3 : 2)) : 0;
+  Cell<T> values[kLanes];
+  u32 carries = 0;
+  for (int l = 0; l < kLanes; ++l) {
+    T x = a[l], y = b[l];
+    if (product) {
+      const auto p = static_cast<unsigned __int128>(a[l]) * b[l];
+      x = static_cast<T>(op.imm & kHigh ? p >> (8 * sizeof(T)) : p);
+      y = c[l];
+    }
+    const auto extra = static_cast<unsigned __int128>(carry >> l & 1);
+    const auto sum = op.imm & kSubtract ? static_cast<unsigned __int128>(x) - y - extra
+                                        : static_cast<unsigned __int128>(x) + y + extra;
+    values[l] = static_cast<T>(sum);
+    carries |= static_cast<u32>(sum >> (8 * sizeof(T)) != 0) << l;
+  }
+  store<T>(w, op, mask, values);
+  if (out) {
+    u32& p = *w.reg<u32>(op, 1);
+    p = (p & ~mask) | (carries & mask);
+  }
+}
+
+// add.cc addc[.cc] sub.cc subc[.cc] mad.{lo,hi}.cc madc.{lo,hi}[.cc]
+bool decode_carry(Decoder& d, const Instruction& in, Op& op) {
+  const std::string& o = in.opcode;
+  const std::string type = in.last();
+  const int bytes = type_bytes(type);
+  const bool product = o == "mad" || o == "madc";
+  if ((bytes != 4 && bytes != 8) || type[0] == 'f' || (product && !in.has("lo") && !in.has("hi"))) return false;
+  if (product && in.has("hi") && type[0] == 's') return false;
+  op.imm = (in.has("cc") ? kCarryOut : 0) | (o.back() == 'c' ? kCarryIn : 0) | (o[0] == 's' ? kSubtract : 0) |
+           (product ? kProduct : 0) | (in.has("hi") ? kHigh : 0);
+  d.expect_operands(in, product ? 4 : 3);
+  std::vector<Reg> dst = {d.result(in.operands[0], type)}, src;
+  if (op.imm & kCarryOut) dst.push_back(d.carry());
+  for (size_t i = 1; i < in.operands.size(); ++i) src.push_back(d.source(in.operands[i], type));
+  if (op.imm & kCarryIn) src.push_back(d.carry());
+  d.set(op, dst, src);
+  op.exec = bytes == 8 ? &carried<u64> : &carried<u32>;
+  return true;
+}
+
+// ---- set: a comparison's outcome as a number. regs: d, a, b
+template <class D, class S>
+void set_number(Warp& w, const Op& op, u32 mask) {
+  static constexpr u32 one = std::is_same_v<D, float> ? 0x3f800000u : std::is_same_v<D, f16> ? 0x3c00u : ~0u;
+  const auto test = reinterpret_cast<bool (*)(float, float)>(op.apply);
+  const u32 *a = w.reg<u32>(op, 1), *b = w.reg<u32>(op, 2);
+  u32 values[kLanes];
+  for (int l = 0; l < kLanes; ++l) {
+    if constexpr (std::is_same_v<S, f16x2>) {
+      const auto half = [](u32 v) { return to_float(f16{static_cast<u16>(v)}); };
+      const u32 low = test(half(a[l]), half(b[l])), high = test(half(a[l] >> 16), half(b[l] >> 16));
+      if (std::is_same_v<D, u32>)
+        values[l] = (low ? 0xffffu : 0) | (high ? 0xffff0000u : 0);
+      else
+        values[l] = (low ? 0x3c00u : 0) | (high ? 0x3c000000u : 0);
+    } else if constexpr (std::is_same_v<S, f16>) {
+      values[l] = test(to_float(f16{static_cast<u16>(a[l])}), to_float(f16{static_cast<u16>(b[l])})) ? one : 0;
+    } else {
+      values[l] = test(bits_as<float>(a[l]), bits_as<float>(b[l])) ? one : 0;
+    }
+  }
+  store<u32>(w, op, mask, values);
+}
+
+bool decode_set(Decoder& d, const Instruction& in, Op& op) {
+  using Test = bool (*)(float, float);
+  static const std::map<std::string, Test> tests = {
+      {"eq", [](float a, float b) { return a == b; }},  {"ne", [](float a, float b) { return a < b || a > b; }},
+      {"lt", [](float a, float b) { return a < b; }},   {"le", [](float a, float b) { return a <= b; }},
+      {"gt", [](float a, float b) { return a > b; }},   {"ge", [](float a, float b) { return a >= b; }},
+      {"equ", [](float a, float b) { return !(a < b || a > b); }}, {"neu", [](float a, float b) { return a != b; }},
+      {"ltu", [](float a, float b) { return !(a >= b); }}, {"leu", [](float a, float b) { return !(a > b); }},
+      {"gtu", [](float a, float b) { return !(a <= b); }}, {"geu", [](float a, float b) { return !(a < b); }},
+      {"num", [](float a, float b) { return a == a && b == b; }}, {"nan", [](float a, float b) { return a != a || b != b; }}};
+  if (in.modifiers.size() != 3 || in.operands.size() != 3) return false;
+  const auto test = tests.find(in.modifiers[0]);
+  const std::string &to = in.modifiers[1], &from = in.modifiers[2];
+  if (test == tests.end()) return false;
+  op.apply = reinterpret_cast<void (*)()>(test->second);
+  const bool integer = to == "u32" || to == "s32";
+  if (from == "f32" && integer) op.exec = &set_number<u32, float>;
+  if (from == "f32" && to == "f32") op.exec = &set_number<float, float>;
+  if (from == "f16" && integer) op.exec = &set_number<u32, f16>;
+  if (from == "f16" && to == "f16") op.exec = &set_number<f16, f16>;
+  if (from == "f16x2" && integer) op.exec = &set_number<u32, f16x2>;
+  if (from == "f16x2" && to == "f16x2") op.exec = &set_number<f16x2, f16x2>;
+  if (op.exec == nullptr) return false;
+  d.set(op, {d.result(in.operands[0], to)}, {d.source(in.operands[1], from), d.source(in.operands[2], from)});
+  return true;
+}
+
 bool decode_setp(Decoder& d, const Instruction& in, Op& op) {
   const std::string type = in.last();
   std::vector<Reg> dst, src;
-  const Operand& to = in.operands.at(0);
+  if (in.operands.empty() || in.modifiers.empty()) return false;
+  const Operand& to = in.operands[0];
   if (to.kind == Operand::kPair)
     for (const auto& o : to.list) dst.push_back(o.name == "_" ? d.sink(false) : d.predicate(o));
   else
@@ -888,8 +999,7 @@ bool decode_setp(Decoder& d, const Instruction& in, Op& op) {
     src.push_back(d.predicate(in.operands[3], true));
     if (in.operands[3].negated) op.imm |= 4;
   }
-  if (in.has("ftz")) Decoder::fail("setp.ftz");
-  op.exec = comparison(in.modifiers.at(0), type);
+  op.exec = in.has("ftz") ? comparison_flushed(in.modifiers.at(0), type) : comparison(in.modifiers.at(0), type);
   if (op.exec == nullptr) return false;
   d.set(op, dst, src);
   return true;
@@ -900,6 +1010,18 @@ template <class From>
 Exec to_byte(bool is_signed) {
   if (is_signed) return exec_of<i32, From>([](From v) { return static_cast<i32>(static_cast<i8>(v)); });
   return exec_of<u32, From>([](From v) { return static_cast<u32>(static_cast<u8>(v)); });
+}
+
+// From the low bytes (imm) of a 64-bit register.
+template <class To>
+void from_low_bits(Warp& w, const Op& op, u32 mask) {
+  const u64* a = w.reg<u64>(op, 1);
+  const int shift = static_cast<int>(64 - 8 * op.imm);
+  To values[kLanes];
+  for (int l = 0; l < kLanes; ++l)
+    values[l] = static_cast<To>(op.sign ? static_cast<u64>(static_cast<i64>(a[l] << shift) >> shift)
+                                        : a[l] << shift >> shift);
+  store<To>(w, op, mask, values);
 }
 
 bool decode_cvt(Decoder& d, const Instruction& in, Op& op) {
@@ -925,7 +1047,16 @@ bool decode_cvt(Decoder& d, const Instruction& in, Op& op) {
     return true;
   }
   d.expect_operands(in, 2);
-  d.set(op, {d.result(in.operands[0], storage)}, {d.source(in.operands[1], from, Decoder::Wider::kInItsCell)});
+  const Operand& value = in.operands[1];
+  if (value.kind == Operand::kName && d.is_register(value.name) && d.is_wide(value.name) && type_bytes(from) < 8) {
+    if (is_float(to) || is_float(from)) return false;
+    op.exec = type_bytes(to) == 8 ? &from_low_bits<u64> : &from_low_bits<u32>;
+    op.imm = type_bytes(from), op.sign = from[0] == 's';
+    d.set(op, {d.result(in.operands[0], storage)}, {d.source(value, "b64")});
+    op.rule = Rule::kExtend;
+    return true;
+  }
+  d.set(op, {d.result(in.operands[0], storage)}, {d.source(value, from, Decoder::Wider::kInItsCell)});
   const bool integers = !is_float(to) && !is_float(from);
   if (integers && type_bytes(from) < type_bytes(to) && in.has("sat")) Decoder::fail("cvt.sat to a wider type");
   if (integers) op.rule = Rule::kExtend, op.imm = std::min(type_bytes(from), type_bytes(to));
@@ -949,9 +1080,10 @@ bool is_alu(const std::string& o) {
 bool knows_modifiers(const Instruction& in) {
   static const std::set<std::string> rounds = {"rn", "rz", "rm", "rp", "ftz"};
   static const std::set<std::string> joins = {"and", "or", "xor"};
-  static const std::map<std::string, std::set<std::string>> own = {{"add", {"sat"}},
+  static const std::map<std::string, std::set<std::string>> own = {{"add", {"sat", "cc"}},
+                                                                   {"sub", {"cc"}},
                                                                    {"mul", {"sat", "lo", "hi", "wide"}},
-                                                                   {"mad", {"lo", "hi", "wide"}},
+                                                                   {"mad", {"lo", "hi", "wide", "cc"}},
                                                                    {"fma", {"sat", "relu"}},
                                                                    {"div", {"approx", "full"}},
                                                                    {"min", {"NaN"}},
@@ -964,7 +1096,7 @@ bool knows_modifiers(const Instruction& in) {
                                                                    {"sin", {"approx"}},
                                                                    {"cos", {"approx"}},
                                                                    {"tanh", {"approx"}},
-                                                                   {"cvta", {"to", "global", "shared", "const"}},
+                                                                   {"cvta", {"to", "global", "shared", "const", "local", "param"}},
                                                                    {"shf", {"l", "r", "wrap", "clamp"}},
                                                                    {"bmsk", {"clamp"}},
                                                                    {"bfind", {"shiftamt"}},
@@ -1000,6 +1132,8 @@ bool decode_alu(Decoder& d, const Instruction& in, Op& op) {
   if (o == "mov") return decode_mov(d, in, op);
   if (o == "setp") return decode_setp(d, in, op);
   if (o == "cvt") return decode_cvt(d, in, op);
+  if (o == "set") return decode_set(d, in, op);
+  if (o == "addc" || o == "subc" || o == "madc" || in.has("cc")) return decode_carry(d, in, op);
   const std::string type = in.last();
   if (o == "cvta") {
     d.expect_operands(in, 2);
@@ -1009,7 +1143,13 @@ bool decode_alu(Decoder& d, const Instruction& in, Op& op) {
     } else if (in.has("shared")) {
       d.set(op, {d.result(in.operands[0], "u64")}, {d.source(in.operands[1], "u64")});
       op.exec = exec_of<u64, u64>([](u64 a) { return a & ~kSharedWindow; });
-    } else if (in.has("global") || in.has("const")) {
+    } else if (in.has("local") && !in.has("to")) {
+      d.set(op, {d.result(in.operands[0], "u64")}, {d.source(in.operands[1], "u64")});
+      op.exec = exec_of<u64, u64>([](u64 a) { return a | kLocalWindow; });
+    } else if (in.has("local")) {
+      d.set(op, {d.result(in.operands[0], "u64")}, {d.source(in.operands[1], "u64")});
+      op.exec = exec_of<u64, u64>([](u64 a) { return a & ~kLocalWindow; });
+    } else if (in.has("global") || in.has("const") || in.has("param")) {
       d.set(op, {d.result(in.operands[0], "u64")}, {d.source(in.operands[1], "u64")});
       op.exec = &move<u64>;
       op.rule = Rule::kMove;
@@ -1108,9 +1248,51 @@ bool decode_alu(Decoder& d, const Instruction& in, Op& op) {
     d.set(op, {d.result(in.operands[0], "u32")}, {d.source(in.operands[1], type)});
     return true;
   }
-  if (o == "dp4a" || o == "dp2a") {
+  if (o == "fns") {
     d.expect_operands(in, 4);
-    if (o == "dp2a" || in.modifiers.size() != 2) return false;
+    d.set(op, {d.result(in.operands[0], "b32")},
+          {d.source(in.operands[1], "b32"), d.source(in.operands[2], "u32"), d.source(in.operands[3], "s32")});
+    op.exec = exec_of<u32, u32, u32, i32>([](u32 bits, u32 base, i32 n) {
+      if (n == 0) return base < 32 && (bits >> base & 1) ? base : ~0u;
+      i32 left = std::abs(n);
+      for (i64 at = base; at >= 0 && at < 32; at += n > 0 ? 1 : -1)
+        if (bits >> at & 1 && --left == 0) return static_cast<u32>(at);
+      return ~0u;
+    });
+    return true;
+  }
+  if (o == "vabsdiff4") {
+    d.expect_operands(in, 4);
+    if (in.modifiers != std::vector<std::string>{"u32", "u32", "u32"}) return false;
+    d.set(op, {d.result(in.operands[0], "u32")},
+          {d.source(in.operands[1], "u32"), d.source(in.operands[2], "u32"), d.source(in.operands[3], "u32")});
+    op.exec = exec_of<u32, u32, u32, u32>([](u32 a, u32 b, u32) {
+      u32 r = 0;
+      for (int i = 0; i < 32; i += 8) {
+        const i32 difference = static_cast<i32>(a >> i & 255) - static_cast<i32>(b >> i & 255);
+        r |= static_cast<u32>(std::abs(difference)) << i;
+      }
+      return r;
+    });
+    return true;
+  }
+  if (o == "dp2a") {
+    d.expect_operands(in, 4);
+    if (in.modifiers.size() != 3 || in.modifiers[1] != "u32" || in.modifiers[2] != "u32") return false;
+    d.set(op, {d.result(in.operands[0], "b32")},
+          {d.source(in.operands[1], "b32"), d.source(in.operands[2], "b32"), d.source(in.operands[3], "b32")});
+    op.exec = in.modifiers[0] == "lo"
+                  ? exec_of<u32, u32, u32, u32>([](u32 a, u32 b, u32 c) {
+                      return c + (a & 0xffff) * (b & 255) + (a >> 16) * (b >> 8 & 255);
+                    })
+                  : exec_of<u32, u32, u32, u32>([](u32 a, u32 b, u32 c) {
+                      return c + (a & 0xffff) * (b >> 16 & 255) + (a >> 16) * (b >> 24);
+                    });
+    return true;
+  }
+  if (o == "dp4a") {
+    d.expect_operands(in, 4);
+    if (in.modifiers.size() != 2) return false;
     const bool sa = in.modifiers[0] == "s32", sb = in.modifiers[1] == "s32";
     d.set(op, {d.result(in.operands[0], "b32")},
           {d.source(in.operands[1], "b32"), d.source(in.operands[2], "b32"), d.source(in.operands[3], "b32")});
@@ -1135,7 +1317,7 @@ bool decode_alu(Decoder& d, const Instruction& in, Op& op) {
       {"brev", 1}, {"popc", 1}, {"clz", 1}, {"rcp", 1},  {"sqrt", 1},    {"rsqrt", 1}, {"ex2", 1},
       {"lg2", 1},  {"sin", 1},  {"cos", 1}, {"tanh", 1}, {"copysign", 2}};
   const auto count = sources.find(o);
-  if (count == sources.end() || in.has("cc")) return false;
+  if (count == sources.end()) return false;
   d.expect_operands(in, count->second + 1);
   if (type == "f32")
     op.exec = in.has("ftz") ? float_exec<true>(in) : float_exec<false>(in);

@@ -15,8 +15,7 @@ py::dict fault_record(const Program& p, const Fault& f) {
   py::dict d;
   d["kind"] = f.kind;
   d["message"] = std::string(f.what());
-  const bool known = f.op < p.ops.size() && p.ops[f.op].source >= 0;
-  const Instruction* in = known ? &p.function.body[static_cast<size_t>(p.ops[f.op].source)] : nullptr;
+  const Instruction* in = p.instruction(f.op);
   d["line"] = in ? in->line : 0;
   d["text"] = in ? in->text : "";
   d["where"] = in ? p.where(f.op) : "";
@@ -24,8 +23,7 @@ py::dict fault_record(const Program& p, const Fault& f) {
   d["thread"] = f.thread;
   d["address"] = f.address;
   d["tensor"] = f.region;
-  const bool has_other = f.other_op < p.ops.size() && p.ops[f.other_op].source >= 0;
-  const Instruction* other = has_other ? &p.function.body[static_cast<size_t>(p.ops[f.other_op].source)] : nullptr;
+  const Instruction* other = p.instruction(f.other_op);
   d["other_line"] = other ? other->line : 0;
   d["other_text"] = other ? other->text : "";
   d["other_where"] = other ? p.where(f.other_op) : "";
@@ -48,12 +46,13 @@ Options options_from(const py::dict& d) {
   o.uninit_at_load = d["uninit_at_load"].cast<bool>();
   o.collect = d["collect"].cast<bool>();
   o.budget = d["budget"].cast<u64>();
+  o.threads = d["threads"].cast<u32>();
   return o;
 }
 
 // regions: (base, size, host address, name, [(begin, end)] of fresh outputs, constant?, [(begin, end)])
 py::dict launch(const Program& p, std::array<u32, 3> grid, std::array<u32, 3> block, const py::bytes& params,
-                const py::list& regions, u64 dynamic_shared, const py::dict& options) {
+                const py::list& regions, u64 dynamic_shared, u64 grid_barrier, const py::dict& options) {
   Launch run(p);
   run.grid = grid;
   run.block = block;
@@ -61,6 +60,7 @@ py::dict launch(const Program& p, std::array<u32, 3> grid, std::array<u32, 3> bl
   run.params.assign(bytes.begin(), bytes.end());
   run.params.resize(std::max<size_t>(run.params.size(), p.param_bytes));
   run.dynamic_shared = dynamic_shared;
+  run.grid_barrier = grid_barrier;
   run.options = options_from(options);
   for (const auto& item : regions) {
     const auto t = item.cast<py::tuple>();
@@ -86,7 +86,7 @@ py::dict launch(const Program& p, std::array<u32, 3> grid, std::array<u32, 3> bl
   for (const Op& op : p.ops) {
     const OpCounters& c = run.counters[op.index];
     if (c.warps == 0 || op.source < 0) continue;
-    const Instruction& in = p.function.body[static_cast<size_t>(op.source)];
+    const Instruction& in = *p.instruction(op.index);
     const bool is_store = in.opcode == "st" || in.opcode == "red";
     std::string space = "";
     if (c.bytes) space = c.ideal_wavefronts ? "shared" : "global";
@@ -94,15 +94,17 @@ py::dict launch(const Program& p, std::array<u32, 3> grid, std::array<u32, 3> bl
                                    c.bytes, c.sectors, c.wavefronts, c.ideal_wavefronts, c.collisions));
   }
   py::dict distinct;
-  for (const Region& r : run.regions) {
+  for (size_t i = 0; i < run.regions.size(); ++i) {
+    const Region& r = run.regions[i];
+    const std::vector<u8>& touched = run.shadows[i].touched;
     u64 loaded = 0, stored = 0, load_sectors = 0, store_sectors = 0;
     for (u64 b = 0; b < r.size;) {
       const u64 end = std::min(r.size, (((r.base + b) / kSector) + 1) * kSector - r.base);
       u8 any = 0;
       for (; b < end; ++b) {
-        loaded += r.touched[b] & 1;
-        stored += r.touched[b] >> 1 & 1;
-        any |= r.touched[b];
+        loaded += touched[b] & 1;
+        stored += touched[b] >> 1 & 1;
+        any |= touched[b];
       }
       load_sectors += any & 1;
       store_sectors += any >> 1 & 1;
@@ -116,6 +118,7 @@ py::dict launch(const Program& p, std::array<u32, 3> grid, std::array<u32, 3> bl
   out["counters"] = counters;
   out["distinct"] = distinct;
   out["instructions"] = run.instructions;
+  out["output"] = run.output;
   return out;
 }
 
@@ -124,20 +127,21 @@ py::dict launch(const Program& p, std::array<u32, 3> grid, std::array<u32, 3> bl
 PYBIND11_MODULE(_core, m) {
   py::register_exception<PtxError>(m, "PtxError", PyExc_ValueError);
   py::class_<Program>(m, "Program")
-      .def(py::init<const std::string&, const std::string&>(), py::arg("text"), py::arg("entry"))
+      .def(py::init<const std::string&, const std::string&, u64>(), py::arg("text"), py::arg("entry"),
+           py::arg("perturbation") = 0)
       .def_property_readonly("unsupported", &unsupported_records)
       .def_property_readonly("params",
                              [](const Program& p) {
                                std::vector<std::tuple<std::string, std::string, u64, u64>> out;
-                               for (const auto& v : p.function.params)
+                               for (const auto& v : p.entry->params)
                                  out.emplace_back(v.name, v.type, p.param_offsets.at(v.name), v.bytes);
                                return out;
                              })
       .def_property_readonly("param_bytes", [](const Program& p) { return p.param_bytes; })
       .def_property_readonly("static_shared", [](const Program& p) { return p.static_shared; })
-      .def_property_readonly("reqntid", [](const Program& p) { return p.function.reqntid; })
+      .def_property_readonly("reqntid", [](const Program& p) { return p.entry->reqntid; })
       .def_property_readonly("target", [](const Program& p) { return p.module.target; })
-      .def_property_readonly("synchronises_ctas", [](const Program& p) { return p.synchronises_ctas; })
+      .def_property_readonly("grid_barrier", [](const Program& p) { return p.grid_barrier; })
       .def("constants",
            [](const Program&
                   p) {  // module variables in global and constant memory: name, bytes, initial values, constant

@@ -1,20 +1,92 @@
-// Warps run, CTAs are scheduled, validity and order are followed, faults get their names.
+// Validity of registers, faults, CTAs and their schedule, launches.
 #include "gpusim/machine.h"
 
 #include <algorithm>
 #include <numeric>
-#include <random>
-#include <utility>
+#include <thread>
 
 namespace gpusim {
 
 namespace {
 
 constexpr u8 kWhole = 0xff;
-constexpr u64 kQuantum = 100'000;  // instructions before another warp has its turn: a spinning warp must not starve one
-constexpr u64 kDefaultBudget = 2'000'000'000;
+// Instructions before another warp has its turn, and before another CTA may: a spinning warp must not starve one.
+constexpr u64 kQuantum = 100'000, kShortQuantum = 2'000;
+
+constexpr u32 kMultiprocessors = 108;
+constexpr u32 kStackBegin = 16;  // no variable has address 0
+
+// CTAs that an A100 holds at once, as far as threads and shared memory limit it; all of a cooperative launch.
+u64 resident_ctas(const Launch& launch) {
+  const u64 total = static_cast<u64>(launch.grid[0]) * launch.grid[1] * launch.grid[2];
+  if (launch.program.grid_barrier) return total;
+  const u64 threads = std::max<u64>(32, (launch.block[0] * launch.block[1] * launch.block[2] + 31ull) / 32 * 32);
+  const u64 shared = launch.program.static_shared + launch.dynamic_shared + 1024;
+  return kMultiprocessors * std::clamp<u64>(std::min(2048 / threads, 167936 / shared), 1, 32);
+}
+
+void finish_vote(Warp& w, const Op& op, const Barrier& b) {
+  const int mode = static_cast<int>(op.imm & 3);
+  const u32 lanes = w.live;
+  if (mode == 0) {
+    u32* d = w.reg<u32>(op, 0);
+    for (int l = 0; l < kLanes; ++l)
+      if (lanes >> l & 1) d[l] = b.votes;
+  } else {
+    const bool yes = mode == 1 ? b.votes == b.voters : b.votes > 0;
+    u32& p = *w.reg<u32>(op, 0);
+    p = yes ? p | lanes : p & ~lanes;
+  }
+  w.set_valid(op.regs[0], lanes);
+}
+
+// What two host threads did to the same bytes.
+void find_race(Launch& launch, const Region& r, const Shadow& a, const Shadow& b, const std::vector<u32>& turn_of,
+               std::vector<std::pair<u32, Fault>>& found) {
+  const auto cta_of = [](u64 who) { return static_cast<u32>(who >> 32) - 1; };
+  for (u64 at = 0; at < a.writer.size(); ++at) {
+    const bool both = a.writer[at] && b.writer[at];
+    if (!both && !(a.writer[at] && b.reader[at]) && !(b.writer[at] && a.reader[at])) continue;
+    if (both && a.value[at] == b.value[at] && !launch.options.strict_races) {
+      const u64 second = std::max(a.writer[at], b.writer[at]);
+      launch.counters[second == a.writer[at] ? a.writer_op[at] : b.writer_op[at]].collisions += 1;
+      continue;
+    }
+    const bool a_writes = a.writer[at] != 0;
+    const u64 wrote = a_writes ? a.writer[at] : b.writer[at];
+    const u32 wrote_op = a_writes ? a.writer_op[at] : b.writer_op[at];
+    const Shadow& o = a_writes ? b : a;
+    const u64 met = both ? o.writer[at] : o.reader[at];
+    const u32 met_op = both ? o.writer_op[at] : o.reader_op[at];
+    const u32 writer_cta = cta_of(wrote), other_cta = met == kSeveralCtas ? writer_cta : cta_of(met);
+    const bool writer_later = turn_of[writer_cta] > turn_of[other_cta];
+    Fault f("race", "race: byte " + std::to_string(at) + " of " + r.name + " was written by CTA " +
+                        std::to_string(writer_cta) + " and is " + (both ? "written" : "read") + " by " +
+                        (met == kSeveralCtas ? "others" : "CTA " + std::to_string(other_cta)));
+    f.op = writer_later ? wrote_op : met_op;
+    f.other_op = writer_later ? met_op : wrote_op;
+    f.address = r.base + at;
+    f.region = r.name;
+    const u64 later = writer_later ? wrote : met;
+    const u32 cta = std::max(writer_later ? writer_cta : other_cta, 0u), stamp = static_cast<u32>(later);
+    const u32 linear = (stamp >> 5 & 63) * kLanes + (stamp & 31);
+    const auto& [gx, gy, gz] = launch.grid;
+    const auto& [bx, by, bz] = launch.block;
+    f.cta = {cta % gx, cta / gx % gy, cta / (gx * gy)};
+    f.thread = {linear % bx, linear / bx % by, linear / (bx * by) % bz};
+    (void)gz;
+    found.emplace_back(std::max(turn_of[writer_cta], turn_of[other_cta]), f);
+    return;  // the first byte tells enough
+  }
+}
 
 }  // namespace
+
+OpCounters& OpCounters::operator+=(const OpCounters& o) {
+  warps += o.warps, lanes += o.lanes, bytes += o.bytes, sectors += o.sectors;
+  wavefronts += o.wavefronts, ideal_wavefronts += o.ideal_wavefronts, collisions += o.collisions;
+  return *this;
+}
 
 // ---- validity of registers
 void Warp::set_valid(const Reg& r, u32 mask) {
@@ -148,13 +220,22 @@ void Warp::require_valid(const Op& op, const Reg& r, u32 mask, u8 bytes, const c
     std::string text = std::string("uninitialised data reaches ") + what;
     const u32 from = origin[r.id];
     if (from > 0) text += "; it was read at " + cta->program.where(from - 1);
-    fault(op, l, "uninitialised", text);
+    const auto racy = racy_loads.find(from - 1);
+    if (from > 0 && racy != racy_loads.end())
+      tell(racy->second);
+    else
+      fault(op, l, "uninitialised", text);
     valid[r.id][l] = kWhole;  // told once
   }
 }
 
 // ---- faults
 void Warp::raise(const Op& op, int lane, const char* kind, const std::string& what, u64 address, const Region* region) {
+  throw fault_at(op, lane, kind, what, address, region);
+}
+
+Fault Warp::fault_at(const Op& op, int lane, const char* kind, const std::string& what, u64 address,
+                     const Region* region) const {
   Fault f(kind, what);
   f.op = op.index;
   f.cta = cta->index;
@@ -163,266 +244,30 @@ void Warp::raise(const Op& op, int lane, const char* kind, const std::string& wh
   f.thread = {linear % block[0], linear / block[0] % block[1], linear / (block[0] * block[1])};
   f.address = address;
   if (region) f.region = region->name;
-  throw f;
+  return f;
 }
 
 void Warp::fault(const Op& op, int lane, const char* kind, const std::string& what, u64 address, const Region* region,
                  u32 other_op) {
-  try {
-    raise(op, lane, kind, what, address, region);
-  } catch (Fault& f) {
-    f.other_op = other_op;
-    Launch& launch = cta->launch;
-    if (!launch.options.collect) throw;
-    for (const Fault& other : launch.faults)
-      if (other.op == f.op && other.kind == f.kind) return;  // one for each instruction
-    if (launch.faults.size() < 1000) launch.faults.push_back(f);
-  }
+  Fault f = fault_at(op, lane, kind, what, address, region);
+  f.other_op = other_op;
+  tell(f);
 }
 
-// ---- control
-void Warp::reselect() {
-  if (splits.empty()) return;
-  if (active) splits.push_back({pc, active});
-  // Equal places merge; the lowest goes on.
-  std::sort(splits.begin(), splits.end(), [](const Split& a, const Split& b) { return a.pc > b.pc; });
-  pc = splits.back().pc;
-  active = 0;
-  while (!splits.empty() && splits.back().pc == pc) {
-    active |= splits.back().mask;
-    splits.pop_back();
-  }
-}
-
-void Warp::branch(const Op& op, u32 taken) {
-  const u32 stays = active & ~taken;
-  if (stays == 0) {
-    pc = op.target;
-  } else if (taken == 0) {
-    pc += 1;
-  } else {
-    splits.push_back({op.target, taken});
-    active = stays;
-    pc += 1;
-  }
-  reselect();
-}
-
-void Warp::exit(u32 mask) {
-  live &= ~mask;
-  active &= ~mask;
-  if (active) {
-    pc += 1;
-  }
-  reselect();
-}
-
-void Warp::run(u64 quantum) {
-  const Program& program = cta->program;
-  const Op* ops = program.ops.data();
-  const u64 budget = cta->launch.options.budget ? cta->launch.options.budget : kDefaultBudget;
-  const u64 until = executed + quantum;
-  while (live) {
-    if (executed >= until) return;
-    const Op& op = ops[pc];
-    if (op.leader && !splits.empty()) {
-      reselect();
-      if (&ops[pc] != &op) continue;
-    }
-    if (++executed > budget)
-      raise(op, std::countr_zero(active), "budget",
-            "budget of " + std::to_string(budget) + " instructions a warp is used up");
-    u32 mask = active;
-    if (op.guarded) {
-      require_valid(op, op.guard, active, 1, "a branch or a guard");
-      const u32 p = *reinterpret_cast<u32*>(file + op.guard.value);
-      mask &= op.guard_negated ? ~p : p;
-    }
-    OpCounters& c = (*counters)[op.index];
-    c.warps += 1;
-    c.lanes += static_cast<u64>(std::popcount(mask));
-    switch (op.flow) {
-      case Flow::kNext:
-        if (mask) {
-          propagate(op, mask);  // before the sources may be overwritten
-          op.exec(*this, op, mask);
-        }
-        pc += 1;
-        break;
-      case Flow::kBranch: branch(op, mask); break;
-      case Flow::kExit:
-        if (mask == 0)
-          pc += 1;
-        else
-          exit(mask);
-        break;
-      case Flow::kBarrier: {
-        if (mask == 0) {
-          pc += 1;
-          break;
-        }
-        if (mask != live)
-          raise(op, std::countr_zero(mask), "barrier", "barrier divergence: live lanes of the warp are elsewhere");
-        for (int i = 0; i < op.num_src; ++i) require_valid(op, op.regs[i], mask, 0x0f, "a barrier's operand");
-        const u32 id = reg<u32>(op, 0)[std::countr_zero(mask)];
-        if (id >= cta->barriers.size())
-          raise(op, std::countr_zero(mask), "barrier", "barrier " + std::to_string(id) + " does not exist");
-        if (time() >= kMaxTime) raise(op, 0, "unsupported", "unsupported: more than a million barriers");
-        Barrier& b = cta->barriers[id];
-        const u32 expected = op.num_src > 1 ? reg<u32>(op, 1)[std::countr_zero(mask)] : 0;
-        if (expected % kLanes != 0)
-          raise(op, std::countr_zero(mask), "barrier",
-                "barrier of " + std::to_string(expected) + " threads, which is no multiple of 32");
-        if (b.waiting && b.expected != expected)
-          raise(op, std::countr_zero(mask), "barrier",
-                "barrier " + std::to_string(id) + ": warps wait for different numbers of threads");
-        b.expected = expected;
-        b.waiting |= 1ull << index;
-        b.arrived += kLanes;
-        barrier = static_cast<int>(id);
-        pc += 1;
-        if (expected != 0 && b.arrived == expected) cta->release(static_cast<int>(id));  // the next to come begin anew
-        return;
-      }
-    }
-  }
-}
-
-void Warp::wait_copies(u32 mask, u32 keep) {
-  std::vector<PendingCopy> left;
-  for (const PendingCopy& copy : copies) {
-    const u32 committed = copy_groups[copy.lane];
-    const bool all = keep == ~0u;
-    // Groups that are committed and older than the `keep` newest ones are complete.
-    const bool done = mask >> copy.lane & 1 && (all || (copy.group < committed && committed - copy.group > keep));
-    if (!done) {
-      left.push_back(copy);
-      continue;
-    }
-    for (u32 b = 0; b < copy.bytes; ++b) {
-      const u32 at = copy.shared + b;
-      cta->in_flight[at] -= 1;
-      cta->shared[at] = copy.data[b];
-      cta->shared_valid[at] = copy.valid[b];
-      cta->writer[at] = stamp_of(time(), static_cast<u32>(index), copy.lane);
-      cta->writer_op[at] = copy.op;
-    }
-  }
-  copies = std::move(left);
-}
-
-// ---- shared memory: who wrote and read each byte last
-namespace {
-
-u32 warp_of(u32 stamp) { return stamp >> 5 & 63; }
-u32 time_of(u32 stamp) { return stamp >> 12; }
-
-// Does what the stamp tells of happen before `w` now, in lane `lane`?
-bool before(const Warp& w, int lane, u32 stamp) {
-  const u32 other = warp_of(stamp);
-  const bool own_lane = !(stamp & kSeveral) && (stamp & 31) == static_cast<u32>(lane);
-  return (other == static_cast<u32>(w.index) && own_lane) || time_of(stamp) < w.clock[other];
-}
-
-std::string who(u32 stamp) {
-  return "warp " + std::to_string(warp_of(stamp)) + (stamp & kSeveral ? "" : " lane " + std::to_string(stamp & 31));
-}
-
-void race(Warp& w, const Op& op, int lane, u32 byte, const std::string& what, u32 other_op) {
-  w.fault(op, lane, "race", "race: shared byte " + std::to_string(byte) + " " + what, byte, nullptr, other_op);
-}
-
-}  // namespace
-
-void Cta::read_shared(Warp& w, const Op& op, int lane, u32 offset, u32 bytes) {
-  if (!launch.options.races) return;
-  const u32 me = stamp_of(w.time(), static_cast<u32>(w.index), static_cast<u32>(lane));
-  for (u32 b = offset; b < offset + bytes; ++b) {
-    if (in_flight[b])
-      return race(w, op, lane, b, "is read while an asynchronous copy to it is in flight", writer_op[b]);
-    const u32 wrote = writer[b];
-    if (wrote != 0 && !before(w, lane, wrote))
-      return race(w, op, lane, b, "was written by " + who(wrote) + " and is read with no barrier between",
-                  writer_op[b]);
-    const u32 old = reader[b];
-    if (old == me) continue;
-    if (old != 0 && warp_of(old) == static_cast<u32>(w.index)) {
-      reader[b] = time_of(old) == w.time() ? old | kSeveral : me;
-      reader_op[b] = op.index;
-    } else if (old == 0 || before(w, lane, old)) {
-      reader[b] = me;
-      reader_op[b] = op.index;
-    } else {
-      many_readers[b] = 1;
-      reader_of_warp[b * warps.size() + static_cast<size_t>(w.index)] = me | kSeveral;
-    }
-  }
-}
-
-bool Cta::change_shared(Warp& w, const Op& op, int lane, u32 b, bool writers_agree, const char* verb) {
-  if (in_flight[b]) {
-    race(w, op, lane, b, std::string("is ") + verb + " while an asynchronous copy to it is in flight", writer_op[b]);
-    return false;
-  }
-  const auto unordered = [&](const char* did, u32 stamp, u32 other_op) {
-    race(w, op, lane, b,
-         std::string("was ") + did + " by " + who(stamp) + " and is " + verb + " with no barrier between", other_op);
-    return false;
-  };
-  if (writer[b] != 0 && !writers_agree && !before(w, lane, writer[b]))
-    return unordered("written", writer[b], writer_op[b]);
-  if (reader[b] != 0 && !before(w, lane, reader[b])) return unordered("read", reader[b], reader_op[b]);
-  if (many_readers[b]) {
-    for (size_t i = 0; i < warps.size(); ++i) {
-      const u32 stamp = std::exchange(reader_of_warp[b * warps.size() + i], 0);
-      if (stamp != 0 && !before(w, lane, stamp)) return unordered("read", stamp, ~0u);
-    }
-    many_readers[b] = 0;
-  }
-  reader[b] = 0;
-  writer[b] = stamp_of(w.time(), static_cast<u32>(w.index), static_cast<u32>(lane));
-  writer_op[b] = op.index;
-  return true;
-}
-
-void Cta::write_shared(Warp& w, const Op& op, int lane, u32 offset, const u8* data, const u8* valid, u32 bytes) {
-  u8 old[64];
-  bool mine[64];
-  for (u32 k = 0; k < bytes; ++k) {  // a lane's store is whole, whatever is found below
-    const u32 b = offset + k;
-    mine[k] = writer_serial[b] != serial;
-    if (!mine[k]) {  // a higher lane of this instruction won
-      (*w.counters)[op.index].collisions += 1;
-      continue;
-    }
-    writer_serial[b] = serial;
-    old[k] = shared[b];
-    if (data != nullptr) shared[b] = data[k], shared_valid[b] = valid[k];
-  }
-  if (!launch.options.races) return;
-  for (u32 k = 0; k < bytes; ++k) {
-    if (!mine[k]) continue;
-    const u32 b = offset + k;
-    // Warps that hold the same values (Triton's replicated layouts) are no error.
-    const bool equal = data != nullptr && old[k] == data[k] && !launch.options.strict_races;
-    if (equal && writer[b] != 0 && !before(w, lane, writer[b])) (*w.counters)[op.index].collisions += 1;
-    if (!change_shared(w, op, lane, b, equal, "written")) return;
-  }
-}
-
-void Cta::update_shared(Warp& w, const Op& op, int lane, u32 offset, u32 bytes) {
-  for (u32 b = offset; b < offset + bytes; ++b) {
-    shared_valid[b] = 1;
-    const bool atomics = program.ops[writer_op[b]].apply != nullptr;  // no error between two of them
-    if (launch.options.races && !change_shared(w, op, lane, b, atomics, "updated")) return;
-  }
+void Warp::tell(const Fault& f) {
+  Worker& worker = cta->worker;
+  if (!cta->launch.options.collect) throw f;
+  for (const Fault& other : worker.faults)
+    if (other.op == f.op && other.kind == f.kind) return;  // one for each instruction
+  if (worker.faults.size() < 1000) worker.faults.push_back(f), worker.fault_turns.push_back(cta->turn);
 }
 
 // ---- CTAs
-Cta::Cta(Launch& launch) : launch(launch), program(launch.program) {
+Cta::Cta(Worker& worker) : worker(worker), launch(worker.launch), program(worker.launch.program) {
   const u32 threads = launch.block[0] * launch.block[1] * launch.block[2];
   const size_t count = (threads + kLanes - 1) / kLanes;
   warps.resize(count);
+  order.resize(count);
   const size_t bytes = program.static_shared + launch.dynamic_shared;
   shared.resize(bytes);
   shared_valid.resize(bytes);
@@ -444,12 +289,13 @@ Cta::Cta(Launch& launch) : launch(launch), program(launch.program) {
     w.partial.resize(program.initially_valid.size());
     w.valid.resize(program.initially_valid.size());
     w.origin.resize(program.initially_valid.size());
-    w.counters = &launch.counters;
+    w.counters = &worker.counters;
   }
 }
 
-void Cta::start(u32 linear_index) {
+void Cta::start(u32 linear_index, u32 at_turn) {
   linear = linear_index;
+  turn = at_turn;
   index = {linear % launch.grid[0], linear / launch.grid[0] % launch.grid[1],
            linear / (launch.grid[0] * launch.grid[1])};
   std::fill(shared_valid.begin(), shared_valid.end(), 0);
@@ -461,19 +307,38 @@ void Cta::start(u32 linear_index) {
   std::fill(many_readers.begin(), many_readers.end(), 0);
   std::fill(reader_of_warp.begin(), reader_of_warp.end(), 0);
   barriers = {};
+  phases.clear();
+  std::iota(order.begin(), order.end(), 0);
+  random.seed(launch.options.seed * 0x9e3779b97f4a7c15ull + linear);
   const u32 threads = launch.block[0] * launch.block[1] * launch.block[2];
   for (Warp& w : warps) {
     memcpy(w.file, launch.registers.data(), launch.registers.size());
     const u32 first = static_cast<u32>(w.index * kLanes), n = std::min<u32>(kLanes, threads - first);
     w.live = w.active = n == kLanes ? kAllLanes : (1u << n) - 1;
     w.pc = 0;
+    w.depth = w.spins = 0;
+    w.racy_loads.clear();
     w.splits.clear();
+    w.parked.clear();
+    w.foreign = w.fenced = w.fenced_cta = w.seen = nullptr;
+    if (program.has_frames) {
+      const Code& code = program.codes[0];
+      for (u32 l = 0; l < kLanes; ++l) {
+        Stack& s = w.stacks[l];
+        s.frames.clear();
+        s.base = kStackBegin, s.top = kStackBegin + static_cast<u32>(code.frame_bytes);
+        if (s.memory.size() < s.top) s.memory.resize(s.top), s.valid.resize(s.top);
+        std::fill(s.valid.begin(), s.valid.end(), 0);
+        for (const auto& [r, offset] : code.addresses) reinterpret_cast<u64*>(w.file + r.value)[l] = s.base + offset;
+      }
+    }
     for (size_t r = 0; r < w.partial.size(); ++r) {
       w.partial[r] = !program.initially_valid[r];
       if (w.partial[r]) w.valid[r].fill(0), w.origin[r] = 0;
     }
     w.clock.assign(warps.size(), 0);
     w.clock[w.index] = 1;
+    w.converged = 0;
     w.copies.clear();
     w.copy_groups = {};
     w.barrier = -1;
@@ -507,10 +372,12 @@ void Cta::start(u32 linear_index) {
           case kLaneMaskGt: v = l == 31 ? 0 : ~((2u << l) - 1); break;
           case kDynamicShared: v = launch.dynamic_shared; break;
           case kTotalShared: v = shared.size(); break;
-          case kNSmId: v = 108; break;
+          case kNSmId: v = kMultiprocessors; break;
+          case kGridBarrier1: v = launch.grid_barrier >> 32; break;
+          case kGridBarrier2: v = launch.grid_barrier & 0xffffffffu; break;
           default: v = 0; break;
         }
-        if (s == kClock64 || s == kGridId)
+        if (s == kClock64 || s == kGridId || s == kGlobalTimer)
           memcpy(w.file + program.special[static_cast<size_t>(s)].value + 8 * l, &v, 8);
         else
           memcpy(w.file + program.special[static_cast<size_t>(s)].value + 4 * l, &v, 4);
@@ -527,10 +394,14 @@ u32 Cta::live_threads() const {
 
 void Cta::release(int id) {
   Barrier& b = barriers[static_cast<size_t>(id)];
-  std::vector<u32> joined(warps.size(), 0);
-  for (Warp& w : warps)
-    if (b.waiting >> w.index & 1)
-      for (size_t i = 0; i < joined.size(); ++i) joined[i] = std::max(joined[i], w.clock[i]);
+  std::vector<u32> joined = b.clock;
+  joined.resize(warps.size(), 0);
+  Known foreign = b.foreign;
+  for (Warp& w : warps) {
+    if (!(b.waiting >> w.index & 1)) continue;
+    for (size_t i = 0; i < joined.size(); ++i) joined[i] = std::max(joined[i], w.clock[i]);
+    foreign = join(foreign, w.foreign);
+  }
   // What the members did up to here happens before what they do from now on: their clocks move on, and each of them
   // knows the others' new times.
   for (const Warp& w : warps)
@@ -538,88 +409,173 @@ void Cta::release(int id) {
   for (Warp& w : warps) {
     if (!(b.waiting >> w.index & 1)) continue;
     w.clock = joined;
+    w.converged = w.time();
+    w.foreign = foreign;
     w.barrier = -1;
+    if (w.barrier_op->votes) finish_vote(w, *w.barrier_op, b);
   }
   b = {};
 }
 
-void Cta::run() {
-  std::mt19937_64 random(launch.options.seed * 0x9e3779b97f4a7c15ull + linear);
-  std::vector<int> order(warps.size());
-  std::iota(order.begin(), order.end(), 0);
-  for (;;) {
-    if (launch.options.seed != 0) std::shuffle(order.begin(), order.end(), random);
-    bool ran = false, alive = false;
-    for (int i : order) {
-      Warp& w = warps[static_cast<size_t>(i)];
-      if (!w.live) continue;
-      alive = true;
-      if (w.barrier >= 0) continue;
-      ran = true;
-      w.run(kQuantum);
-    }
-    if (!alive) break;
-    bool released = false;
-    for (size_t id = 0; id < barriers.size(); ++id) {
-      const Barrier& b = barriers[id];
-      if (b.waiting == 0) continue;
-      const u32 expected = b.expected ? b.expected : live_threads();  // exited threads are not waited for
-      if (b.arrived >= expected) release(static_cast<int>(id)), released = true;
-    }
-    if (!ran && !released) {
-      std::string waiting;
-      Warp* first = nullptr;
-      for (Warp& w : warps) {
-        if (!w.live) continue;
-        const Op& at = program.ops[w.pc - 1];
-        const int line = at.source < 0 ? 0 : program.function.body[static_cast<size_t>(at.source)].line;
-        waiting += (first ? "; " : "") + ("warp " + std::to_string(w.index)) + " at PTX line " + std::to_string(line);
-        if (first == nullptr) first = &w;
-      }
-      first->raise(program.ops[first->pc - 1], std::countr_zero(first->live), "deadlock",
-                   "deadlock: warps wait for each other: " + waiting);
-    }
+bool Cta::run(u64 quantum) {
+  if (launch.options.seed != 0) std::shuffle(order.begin(), order.end(), random);
+  bool ran = false, alive = false;
+  for (int i : order) {
+    Warp& w = warps[static_cast<size_t>(i)];
+    if (!w.live) continue;
+    alive = true;
+    if (w.barrier >= 0) continue;
+    ran = true;
+    w.run(quantum);
   }
-  for (const Warp& w : warps) launch.instructions += w.executed;
+  if (!alive) {
+    for (const Warp& w : warps) worker.instructions += w.executed;
+    return true;
+  }
+  bool released = false;
+  for (size_t id = 0; id < barriers.size(); ++id) {
+    const Barrier& b = barriers[id];
+    if (b.waiting == 0) continue;
+    const u32 expected = b.expected ? b.expected : live_threads();  // exited threads are not waited for
+    if (b.arrived >= expected) release(static_cast<int>(id)), released = true;
+  }
+  if (!ran && !released) {
+    std::string waiting;
+    Warp* first = nullptr;
+    for (Warp& w : warps) {
+      if (!w.live) continue;
+      const Instruction* at = program.instruction(w.barrier_op->index);
+      waiting += (first ? "; " : "") + ("warp " + std::to_string(w.index)) + " at PTX line " +
+                 std::to_string(at ? at->line : 0);
+      if (first == nullptr) first = &w;
+    }
+    first->raise(*first->barrier_op, std::countr_zero(first->live), "deadlock",
+                 "deadlock: warps wait for each other: " + waiting);
+  }
+  return false;
 }
 
 // ---- launches
+Region* Launch::region_of(u64 address) {
+  const u64 slot = (address >> kGlobalShift) - 1;
+  if (slot < regions.size() && regions[slot].base >> kGlobalShift == slot + 1) return &regions[slot];
+  // Where the host has them, in the order of their addresses.
+  const auto above = std::upper_bound(regions.begin(), regions.end(), address,
+                                      [](u64 a, const Region& r) { return a < r.base; });
+  return above == regions.begin() ? nullptr : &*(above - 1);
+}
+
+u64 Launch::address_of(const std::string& symbol) const {
+  const auto shared = program.shared_offsets.find(symbol);
+  if (shared != program.shared_offsets.end()) return shared->second;
+  for (const Region& r : regions)
+    if (r.name == symbol) return r.base;
+  for (size_t i = 0; i < program.codes.size(); ++i)
+    if (program.codes[i].function->name == symbol) return kCodeWindow + 16 * i;
+  return ~0ull;
+}
+
 std::string Launch::resolve_symbols() {
   registers = program.registers;
   for (const Fixup& f : program.fixups) {
-    u64 address = 0;
-    const auto shared = program.shared_offsets.find(f.symbol);
-    const auto region =
-        std::find_if(regions.begin(), regions.end(), [&](const Region& r) { return r.name == f.symbol; });
-    if (shared != program.shared_offsets.end())
-      address = shared->second;
-    else if (region != regions.end())
-      address = region->base;
-    else
-      return "unsupported: symbol " + f.symbol;
+    u64 address = address_of(f.symbol);
+    if (address == ~0ull) return "unsupported: symbol " + f.symbol;
     address += static_cast<u64>(f.offset);
     for (u32 l = 0; l < kLanes; ++l) memcpy(&registers[f.value + (f.wide ? 8 : 4) * l], &address, f.wide ? 8 : 4);
+  }
+  for (const Variable& v : program.module.variables) {
+    const auto region = std::find_if(regions.begin(), regions.end(), [&](const Region& r) { return r.name == v.name; });
+    if (region == regions.end()) continue;
+    for (const Relocation& r : v.relocations) {
+      u64 address = address_of(r.symbol);
+      if (address == ~0ull) continue;  // of a function that this kernel cannot call
+      const bool shared = program.shared_offsets.count(r.symbol) > 0;
+      address += static_cast<u64>(r.addend) + (shared ? kSharedWindow : 0);
+      memcpy(region->host + r.at, &address, 8);
+    }
   }
   return "";
 }
 
-void Launch::run() {
+// CTAs in the order in which they start: shuffled or reversed among those that are resident together, as no GPU starts
+// a later one while an earlier one waits for room.
+std::vector<u32> Launch::order_of_ctas() const {
   const u64 total = static_cast<u64>(grid[0]) * grid[1] * grid[2];
-  counters.assign(program.ops.size(), {});
-  std::vector<u32> shuffled;
-  if (options.order == "random") {
-    shuffled.resize(total);
-    std::iota(shuffled.begin(), shuffled.end(), 0);
-    std::mt19937_64 random(options.seed);
-    std::shuffle(shuffled.begin(), shuffled.end(), random);
+  std::vector<u32> out(total);
+  std::iota(out.begin(), out.end(), 0);
+  std::mt19937_64 random(options.seed);
+  const u64 wave = program.synchronises_ctas ? resident_ctas(*this) : total;
+  for (u64 first = 0; first < total; first += wave) {
+    const auto begin = out.begin() + static_cast<std::ptrdiff_t>(first);
+    const auto end = out.begin() + static_cast<std::ptrdiff_t>(std::min(total, first + wave));
+    if (options.order == "random") std::shuffle(begin, end, random);
+    if (options.order == "reverse") std::reverse(begin, end);
   }
-  for (Region& r : regions) {
-    r.touched.assign(r.size, 0);
-    if (options.races && !program.synchronises_ctas && !r.constant) {
-      r.writer.assign(r.size, 0);
-      r.reader.assign(r.size, 0);
+  return out;
+}
+
+Worker::Worker(Launch& launch) : launch(launch), counters(launch.program.ops.size()) {
+  for (const Region& r : launch.regions) {
+    Shadow s;
+    s.touched.assign(r.size, 0);
+    if (launch.options.races && !r.constant) {
+      s.writer.assign(r.size, 0);
+      s.reader.assign(r.size, 0);
+      s.writer_op.assign(r.size, 0);
+      s.reader_op.assign(r.size, 0);
+      if (launch.options.threads > 1) s.value.assign(r.size, 0);
+    }
+    shadows.push_back(std::move(s));
+  }
+}
+
+// Every step-th CTA from `first` on.
+void Worker::run(const std::vector<u32>& order, u32 first, u32 step) {
+  try {
+    if (launch.program.synchronises_ctas) return run_resident(order);
+    Cta cta(*this);
+    for (u64 i = first; i < order.size(); i += step) {
+      turn = static_cast<u32>(i);
+      cta.start(order[i], turn);
+      while (!cta.run(kQuantum)) {
+      }
+    }
+  } catch (const Fault& f) {
+    faults.push_back(f);
+    fault_turns.push_back(turn);
+  }
+}
+
+// CTAs that may wait for each other: as many as a GPU holds take turns.
+void Worker::run_resident(const std::vector<u32>& order) {
+  std::vector<std::unique_ptr<Cta>> resident, idle;
+  const u64 most = resident_ctas(launch);
+  size_t next = 0, at = 0;
+  while (next < order.size() || !resident.empty()) {
+    if (at >= resident.size() && next < order.size() && resident.size() < most) {
+      if (idle.empty()) idle.push_back(std::make_unique<Cta>(*this));
+      resident.push_back(std::move(idle.back()));
+      idle.pop_back();
+      resident.back()->start(order[next], static_cast<u32>(next));
+      ++next;
+    }
+    if (at >= resident.size()) at = 0;
+    turn = resident[at]->turn;
+    bool done = false;
+    for (int i = 0; i < 16 && !done; ++i) done = resident[at]->run(kShortQuantum);
+    if (done) {
+      idle.push_back(std::move(resident[at]));
+      resident.erase(resident.begin() + static_cast<std::ptrdiff_t>(at));
+    } else {
+      ++at;
     }
   }
+}
+
+void Launch::run() {
+  counters.assign(program.ops.size(), {});
+  shadows.resize(regions.size());
+  for (size_t i = 0; i < regions.size(); ++i) shadows[i].touched.assign(regions[i].size, 0);
   const std::string unknown = resolve_symbols();
   if (!unknown.empty()) {
     Fault f("unsupported", unknown);
@@ -627,27 +583,59 @@ void Launch::run() {
     faults.push_back(f);
     return;
   }
-  Cta cta(*this);
-  try {
-    for (u64 i = 0; i < total; ++i) {
-      cta.start(!shuffled.empty() ? shuffled[i] : static_cast<u32>(options.order == "reverse" ? total - 1 - i : i));
-      cta.run();
-    }
-  } catch (const Fault& f) {
-    faults.push_back(f);
+  const std::vector<u32> order = order_of_ctas();
+  if (program.synchronises_ctas) options.threads = 1;
+  options.threads = static_cast<u32>(std::clamp<u64>(order.size(), 1, options.threads));
+  std::vector<std::unique_ptr<Worker>> workers;
+  for (u32 i = 0; i < options.threads; ++i) workers.push_back(std::make_unique<Worker>(*this));
+  std::vector<std::thread> threads;
+  for (u32 i = 1; i < options.threads; ++i)
+    threads.emplace_back([&, i] { workers[i]->run(order, i, options.threads); });
+  workers[0]->run(order, 0, options.threads);
+  for (auto& t : threads) t.join();
+  merge(workers, order);
+  check_outputs();
+}
+
+// What the workers found, as if one had done it all: the same for any number of them.
+void Launch::merge(std::vector<std::unique_ptr<Worker>>& workers, const std::vector<u32>& order) {
+  std::vector<std::pair<u32, Fault>> found;
+  for (const auto& w : workers) {
+    for (size_t i = 0; i < counters.size(); ++i) counters[i] += w->counters[i];
+    instructions += w->instructions;
+    output += w->output;
+    for (size_t i = 0; i < w->faults.size(); ++i) found.emplace_back(w->fault_turns[i], w->faults[i]);
+    for (size_t i = 0; i < regions.size(); ++i)
+      for (u64 b = 0; b < regions[i].size; ++b) shadows[i].touched[b] |= w->shadows[i].touched[b];
   }
-  // Fresh outputs must be written completely.
+  std::vector<u32> turn_of(workers.size() > 1 ? order.size() : 0);
+  for (size_t i = 0; i < turn_of.size(); ++i) turn_of[order[i]] = static_cast<u32>(i);
+  for (size_t a = 0; a < workers.size(); ++a)
+    for (size_t b = a + 1; b < workers.size(); ++b)
+      for (size_t i = 0; i < regions.size(); ++i)
+        find_race(*this, regions[i], workers[a]->shadows[i], workers[b]->shadows[i], turn_of, found);
+  std::stable_sort(found.begin(), found.end(), [](const auto& x, const auto& y) { return x.first < y.first; });
+  for (auto& [turn, fault] : found) {
+    const bool told = std::any_of(faults.begin(), faults.end(), [&](const Fault& f) {
+      return f.op == fault.op && f.kind == fault.kind;
+    });
+    if (!told) faults.push_back(std::move(fault));
+  }
+  if (!options.collect && faults.size() > 1) faults.erase(faults.begin() + 1, faults.end());
+}
+
+// Fresh outputs must be written completely.
+void Launch::check_outputs() {
   for (const Region& r : regions) {
     if (r.valid.empty() || !faults.empty()) continue;
     const auto at = std::find(r.valid.begin(), r.valid.end(), 0);
-    if (at != r.valid.end()) {
-      Fault f("uninitialised", "uninitialised output: byte " + std::to_string(at - r.valid.begin()) + " of " + r.name +
-                                   " (" + std::to_string(std::count(r.valid.begin(), r.valid.end(), 0)) + " of " +
-                                   std::to_string(r.size) + " bytes) is never written");
-      f.op = ~0u;
-      f.region = r.name;
-      faults.push_back(f);
-    }
+    if (at == r.valid.end()) continue;
+    Fault f("uninitialised", "uninitialised output: byte " + std::to_string(at - r.valid.begin()) + " of " + r.name +
+                                 " (" + std::to_string(std::count(r.valid.begin(), r.valid.end(), 0)) + " of " +
+                                 std::to_string(r.size) + " bytes) is never written");
+    f.op = ~0u;
+    f.region = r.name;
+    faults.push_back(f);
   }
 }
 

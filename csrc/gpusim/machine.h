@@ -4,18 +4,25 @@
 // Registers    structure of arrays: 32 lanes of 4 or 8 bytes (types of 1 and 2 bytes in 4), predicates one 32-bit mask.
 //              Validity: one flag a register ("every byte of every lane is written") and, where it is not set, a mask
 //              of valid bytes for each lane. Arithmetic looks at the flags alone.
-// Control      blocks are laid out in reverse post-order, so "the split lowest in that order" is the lowest pc; splits
-//              with equal pc merge.
-// Happens-before  a vector clock for each warp, ticked and joined at barriers; every byte of shared memory keeps who
-//              wrote and read it last (warp, lane, time).
-// Addresses    global: storage n at (n + 1) << 32, so a lookup is a shift; shared: a window of its own.
+// Control      blocks are laid out in reverse post-order, so "the split deepest in calls and lowest in that order" is
+//              the deepest one with the lowest pc; splits with equal depth and pc merge. A split that has to meet other
+//              lanes (.sync, barriers) is parked until they come; one that spins lets others go on.
+// Calls        registers belong to functions; a lane that calls a function which it is already in saves them. Each lane
+//              has a stack in local memory: variables, and parameters of calls.
+// Happens-before  a vector clock for each warp, ticked and joined at barriers, releases and acquires; every byte of
+//              shared memory and of tensors keeps who wrote and read it last (CTA, warp, lane, time).
+// Addresses    global: storage n at (n + 1) << 32, or where the host has it; shared, local and parameter memory in
+//              windows above those of any host.
 #pragma once
 
 #include <array>
 #include <bit>
 #include <cstdint>
 #include <cstring>
+#include <functional>
+#include <map>
 #include <memory>
+#include <random>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -35,7 +42,10 @@ using i64 = int64_t;
 
 constexpr int kLanes = 32;
 constexpr u32 kAllLanes = ~0u;
-constexpr u64 kSharedWindow = 0x7f00'0000'0000ull;  // generic addresses of shared memory
+// Generic addresses above those of the host: which space, in the bits from 48 up.
+constexpr int kWindowShift = 48;
+constexpr u64 kSharedWindow = 1ull << kWindowShift, kLocalWindow = 2ull << kWindowShift,
+              kParamWindow = 3ull << kWindowShift, kCodeWindow = 4ull << kWindowShift;
 constexpr int kGlobalShift = 32;
 constexpr int kSector = 32;
 
@@ -50,8 +60,9 @@ struct Reg {
 
 // How validity of the results follows from that of the sources, where some source is not wholly valid.
 enum class Rule : u8 { kAll, kMove, kPack, kUnpack, kAnd, kOr, kShl, kShr, kPrmt, kSelect, kExtend, kOwn };
-enum class Flow : u8 { kNext, kBranch, kExit, kBarrier };
-enum class Space : u8 { kGlobal, kShared, kGeneric, kConst, kParam, kLocal };
+enum class Flow : u8 { kNext, kBranch, kTable, kCall, kReturn, kExit, kMeet, kBarrier, kYield };
+enum class Space : u8 { kGlobal, kShared, kLocal, kParam, kGeneric };
+enum class Scope : u8 { kNone, kCta, kGpu };
 
 struct Op {
   Exec exec = nullptr;
@@ -66,15 +77,43 @@ struct Op {
   bool wide = false;    // of the result's storage: 8 bytes a lane
   bool sign = false;    // of what is loaded: extended by its sign
   bool transposed = false, saturate = false, read_only = false, overwrites = false;
+  bool aligned = false;  // all lanes of the warp come to this very instruction
+  bool votes = false, arrives = false;  // of a barrier: bar.red, bar.arrive
+  bool strong = false;                                       // atomic, volatile, relaxed, acquire or release
+  Scope acquires = Scope::kNone, releases = Scope::kNone;    // of accesses and fences
   bool wide_address = true, wide_address2 = true;  // 8 bytes a lane, or 4
   Reg guard{};
   i64 imm = 0;                // of an access: added to its address
   i64 imm2 = 0;               // the same for the second address of a copy
   void (*apply)() = nullptr;  // what an atomic operation does with a value
   u64 used_bytes = ~0ull;
-  u32 target = 0;  // of a branch
+  u32 target = 0;   // of a branch
+  u32 meeting = 0;  // lanes at operations with equal numbers can meet; 0: only at this one
+  Exec unperturbed = nullptr;
   u32 index = 0;
-  int source = -1;  // index into Function::body
+  int source = -1;  // index into Program::instructions
+};
+
+// A function with its place among the operations, and the layout of its frame in local memory: variables, its own
+// parameters, those of the calls that it makes.
+struct Code {
+  const Function* function = nullptr;
+  u32 begin = 0;
+  u64 frame_bytes = 0;
+  std::map<std::string, u64> places;
+  std::vector<std::pair<u64, u64>> params;         // offset, bytes
+  std::pair<u64, u64> result{0, 0};                // the same; no bytes for none
+  std::vector<std::pair<Reg, u64>> addresses;      // registers that hold the address of an offset
+  std::vector<std::pair<Reg, u32>> registers;      // with their bytes in the file
+};
+
+enum class Builtin : u8 { kNone, kPrint, kAssert };
+
+struct CallSite {
+  int code = -1;  // index into Program::codes; -1: the address is in a register, or it is built in
+  Builtin builtin = Builtin::kNone;
+  std::vector<std::pair<u64, u64>> arguments;
+  std::pair<u64, u64> result{0, 0};
 };
 
 struct Fixup {
@@ -112,6 +151,9 @@ enum Special : u8 {
   kGridId,
   kClock,
   kClock64,
+  kGlobalTimer,
+  kGridBarrier1,  // %envreg1 and 2: the address of the word on which a cooperative launch synchronises its grid
+  kGridBarrier2,
   kNumSpecial
 };
 
@@ -122,7 +164,12 @@ struct Unsupported {
 
 struct Program {
   Module module;
-  Function function;
+  const Function* entry = nullptr;
+  std::vector<Code> codes;  // the entry and what it may call
+  std::vector<const Instruction*> instructions;
+  std::vector<std::unique_ptr<std::vector<Instruction>>> rewritten;  // bodies with fused products
+  std::vector<CallSite> call_sites;
+  std::vector<std::vector<u32>> tables;  // targets of brx.idx
   std::vector<Op> ops;
   std::vector<std::unique_ptr<Reg[]>> operand_lists;
   std::vector<u8> registers;        // initial register file: constants filled in
@@ -136,10 +183,15 @@ struct Program {
   u64 param_bytes = 0;
   std::vector<Unsupported> unsupported;
   bool synchronises_ctas = false;  // atomics, acquire or release: order between CTAs is the program's own
+  bool has_frames = false, grid_barrier = false;
+  u64 perturbation = 0;  // seed of numerics="perturb", 0 for exact
 
-  Program(const std::string& text, const std::string& entry);
+  Program(const std::string& text, const std::string& entry, u64 perturbation = 0);
   Program(const Program&) = delete;
-  std::string where(u32 op) const;  // "file.py:12 (called from file.py:40)"
+  const Instruction* instruction(u32 op) const;  // nullptr for what has none
+  std::string where(u32 op) const;               // "file.py:12 (called from file.py:40)"
+  bool uses(const std::string& variable) const;
+  int code_of(const std::string& function);      // index into codes, of a function that the module has; -1
 };
 
 struct Fault : std::runtime_error {
@@ -159,13 +211,21 @@ struct Region {
   bool constant = false;
   std::vector<std::pair<u64, u64>> views;  // allowed [begin, end) offsets; empty: all of it
   std::vector<u8> valid;                   // by byte, of a fresh output; empty: valid from the start
-  std::vector<u32> writer, reader;         // by byte: 1 + CTA that wrote or read last; empty: not followed
-  std::vector<u8> touched;                 // by byte: 1 loaded, 2 stored
 };
+
+// Who touched each byte of a region last, as far as the CTAs of one host thread are concerned.
+struct Shadow {
+  std::vector<u8> touched;                // 1 loaded, 2 stored
+  std::vector<u64> writer, reader;        // 1 + CTA, stamp; empty: not followed
+  std::vector<u32> writer_op, reader_op;
+  std::vector<u8> value;                  // that was written, where several host threads are at work
+};
+constexpr u64 kSeveralCtas = ~0ull;
 
 struct OpCounters {
   u64 warps = 0, lanes = 0;  // executions, and lanes in them
   u64 bytes = 0, sectors = 0, wavefronts = 0, ideal_wavefronts = 0, collisions = 0;
+  OpCounters& operator+=(const OpCounters& o);
 };
 
 struct Options {
@@ -175,6 +235,40 @@ struct Options {
   bool uninit = true, uninit_at_load = false;
   bool collect = false;
   u64 budget = 0;  // instructions of a warp
+  u32 threads = 1;
+};
+
+// What is known of the times of warps, by CTA.
+using Knowledge = std::map<u32, std::vector<u32>>;
+using Known = std::shared_ptr<const Knowledge>;
+Known join(const Known& a, const Known& b);
+
+// What an acquire of a location learns: all of it within the CTA that released it, or from any other.
+struct Release {
+  u32 cta = 0;
+  Known within, beyond;
+};
+
+struct Launch;
+struct Cta;
+
+// The part of a launch that one host thread executes.
+struct Worker {
+  Launch& launch;
+  std::vector<Shadow> shadows;  // by region
+  std::vector<OpCounters> counters;
+  std::vector<Fault> faults;
+  std::vector<u32> fault_turns;  // which CTA in turn each belongs to
+  std::unordered_map<u64, Release> releases;
+  u64 instructions = 0;
+  u32 turn = 0;
+  std::string output;  // of printf
+
+  explicit Worker(Launch& launch);
+  void run(const std::vector<u32>& order, u32 first, u32 step);
+
+ private:
+  void run_resident(const std::vector<u32>& order);
 };
 
 struct Launch {
@@ -183,22 +277,53 @@ struct Launch {
   std::vector<u8> params;
   std::vector<Region> regions;
   u64 dynamic_shared = 0;
+  u64 grid_barrier = 0;  // address of the word of a cooperative launch
   Options options;
 
   // results
   std::vector<OpCounters> counters;
   std::vector<Fault> faults;
+  std::vector<Shadow> shadows;
   u64 instructions = 0;
+  std::string output;
 
   std::vector<u8> registers;  // a warp's initial register file, addresses of symbols filled in
 
   explicit Launch(const Program& program) : program(program) {}
   void run();
   std::string resolve_symbols();  // what is unknown, empty for nothing
+  Region* region_of(u64 address);
+  u64 address_of(const std::string& symbol) const;  // of a variable or a function; 0 for none
+
+ private:
+  std::vector<u32> order_of_ctas() const;
+  void merge(std::vector<std::unique_ptr<Worker>>& workers, const std::vector<u32>& order);
+  void check_outputs();
 };
 
 struct Split {
-  u32 pc, mask;
+  u32 pc, mask, depth;
+  bool yields;
+};
+
+// Lanes that wait at an operation for others.
+struct Parked {
+  const Op* op;
+  u32 mask, named, depth;
+};
+
+struct Frame {
+  u32 call;       // operation
+  u32 base, top;  // of the caller's frame
+  int code;       // that was called
+  std::vector<u8> saved;  // this lane's registers of it, where the lane was in it already
+};
+
+// A lane's local memory and what it has called.
+struct Stack {
+  std::vector<Frame> frames;
+  std::vector<u8> memory, valid;
+  u32 base = 0, top = 0;
 };
 
 // What one lane's asynchronous copy still has to write.
@@ -209,21 +334,29 @@ struct PendingCopy {
   std::array<u8, 16> data, valid;
 };
 
-struct Cta;
-
 struct Warp {
   Cta* cta = nullptr;
   int index = 0;
-  u32 live = 0, active = 0, pc = 0;
+  u32 live = 0, active = 0, pc = 0, depth = 0;
   std::vector<Split> splits;  // the others
+  std::vector<Parked> parked;
+  u32 spins = 0;                         // jumps back since the last change of splits
+  const Op* const* meeting = nullptr;    // by lane, while lanes of several operations meet
+  std::array<Stack, kLanes> stacks;
   u8* file = nullptr;
   std::vector<u8> storage, partial;
   std::vector<std::array<u8, kLanes>> valid;
   std::vector<u32> origin;  // 1 + op that read the invalid bytes
-  std::vector<u32> clock;   // of every warp, own time included
+  std::unordered_map<u32, Fault> racy_loads;
+  std::vector<u32> clock;   // of every warp of the CTA, own time included
+  u32 converged = 0;        // own time before which the lanes are in order among themselves
+  Known foreign;            // what is known of other CTAs
+  Known fenced_cta, fenced;  // what a strong write publishes: the state at the last fence, of a CTA's or a wider scope
+  Known seen;                // what strong reads found and the next fence makes known
   std::vector<PendingCopy> copies;
   std::array<u32, kLanes> copy_groups{};
   int barrier = -1;
+  const Op* barrier_op = nullptr;
   u64 executed = 0;
   std::vector<OpCounters>* counters = nullptr;
 
@@ -242,19 +375,67 @@ struct Warp {
                           const Region* region = nullptr);
   void fault(const Op& op, int lane, const char* kind, const std::string& what, u64 address = 0,
              const Region* region = nullptr, u32 other_op = ~0u);
-  void branch(const Op& op, u32 taken);
+  // control
+  Fault fault_at(const Op& op, int lane, const char* kind, const std::string& what, u64 address = 0,
+                 const Region* region = nullptr) const;
+  void tell(const Fault& f);  // raised, or collected
+  void branch(const Op& op, u32 taken, u32 target);
+  void jump_by_table(const Op& op, u32 mask);
+  void call(const Op& op, u32 mask);
+  void enter(const Op& op, u32 mask, int code);
+  void leave(const Op& op, u32 mask);
+  void print(const Op& op, int lane);
+  [[noreturn]] void fail_assertion(const Op& op, int lane);
   void exit(u32 mask);
   void reselect();
+  void yield();
+  void meet(const Op& op, u32 mask);
+  void complete(u32 meeting, u32 named);
+  void arrive(const Op& op, u32 mask);
+  [[noreturn]] void stuck();
+  // asynchronous copies
   void wait_copies(u32 mask, u32 keep);
+  // order
+  void tick(const Op& op);
+  Known snapshot() const;
+  void learn(const Known& what);
+  void learn(const std::vector<u32>& times);  // of the own CTA
+  void fence(const Op& op);
+  void publish(const Op& op, u64 location);
+  void observe(const Op& op, u64 location);
 };
+
+// f(operation, lanes) for each operation that takes part in a meeting.
+template <class F>
+void for_each_op(Warp& w, const Op& op, u32 mask, F f) {
+  if (w.meeting == nullptr) return f(op, mask);
+  for (u32 left = mask; left;) {
+    const Op* at = w.meeting[std::countr_zero(left)];
+    u32 same = 0;
+    for (int l = 0; l < kLanes; ++l)
+      if (left >> l & 1 && w.meeting[l] == at) same |= 1u << l;
+    left &= ~same;
+    f(*at, same);
+  }
+}
 
 struct Barrier {
   u32 arrived = 0;   // threads
   u64 waiting = 0;   // warps, by bit
+  u64 members = 0;   // the same with those that arrived and went on
   u32 expected = 0;  // threads; 0: all of the CTA
+  u32 votes = 0, voters = 0;       // of bar.red
+  std::vector<u32> clock;          // of those that went on
+  Known foreign;
+};
+
+// An mbarrier's order: what those knew that arrived in this phase, and in the one before.
+struct Phase {
+  std::vector<u32> arriving, complete;
 };
 
 struct Cta {
+  Worker& worker;
   Launch& launch;
   const Program& program;
   std::array<u32, 3> index{};
@@ -271,10 +452,14 @@ struct Cta {
   std::vector<u8> many_readers;
   std::vector<u32> reader_of_warp;
   std::array<Barrier, 16> barriers{};
+  std::unordered_map<u32, Phase> phases;
+  std::vector<int> order;  // of its warps
+  std::mt19937_64 random;
+  u32 turn = 0;
 
-  Cta(Launch& launch);
-  void start(u32 linear_index);
-  void run();
+  explicit Cta(Worker& worker);
+  void start(u32 linear_index, u32 turn);
+  bool run(u64 quantum);  // each warp for so many instructions; whether all have ended
   void release(int barrier);
   u32 live_threads() const;  // in whole warps, as barriers count them
   void read_shared(Warp& w, const Op& op, int lane, u32 offset, u32 bytes);
@@ -286,9 +471,16 @@ struct Cta {
   bool change_shared(Warp& w, const Op& op, int lane, u32 b, bool writers_agree, const char* verb);
 };
 
+// The same for bytes of a region. A plain load that races with a store of the same CTA tells so where its value is
+// used: threads that hold a value twice load it twice, one of them stores the result, and the other's is never used.
+// False for such a load, whose fault waits in Warp::racy_loads.
+bool follow_read(Warp& w, const Op& op, int lane, Region& r, u64 offset, u32 bytes);
+void follow_write(Warp& w, const Op& op, int lane, Region& r, u64 offset, const u8* data, u32 bytes);
+
 // A stamp: time << 12 | several lanes << 11 | warp << 5 | lane; 0 is "never".
 constexpr u32 stamp_of(u32 time, u32 warp, u32 lane) { return time << 12 | warp << 5 | lane; }
 constexpr u32 kSeveral = 1u << 11;
+constexpr u32 kSeveralWarps = 63u << 5;  // in place of a warp: no time is known
 constexpr u32 kMaxTime = (1u << 20) - 1;
 
 // ---- decoding: each file of operations takes the instructions it knows -------------------------------------------
@@ -296,6 +488,15 @@ class Decoder;
 bool decode_alu(Decoder& d, const Instruction& in, Op& op);
 bool decode_memory(Decoder& d, const Instruction& in, Op& op);
 bool decode_warp(Decoder& d, const Instruction& in, Op& op);
+bool decode_sync(Decoder& d, const Instruction& in, Op& op);
+bool decode_matrix(Decoder& d, const Instruction& in, Op& op);
+void perturb(Op& op, const Instruction& in);
+std::vector<Instruction> fuse_products(const Function& function);
+
+// The state space that an instruction names; generic for none.
+Space space_of(const Instruction& in);
+// Order and scope of a strong access or a fence, from its modifiers.
+void set_order(const Instruction& in, Op& op);
 
 class Decoder {
  public:
@@ -308,12 +509,18 @@ class Decoder {
   Reg source(const Operand& o, const std::string& type, Wider wider = Wider::kNo);
   Reg result(const Operand& o, const std::string& type, Wider wider = Wider::kNo);
   Reg predicate(const Operand& o, bool may_be_negated = false);
+  Reg predicate_or_sink(const Operand& o) { return o.name == "_" ? sink(false) : predicate(o); }
   Reg constant(u64 bits, bool wide);
   Reg address_base(const Operand& o, bool& wide);
   Reg sink(bool wide);
+  Reg carry();  // the condition code, as a predicate
   bool is_wide(const std::string& register_name) const;
-  bool is_register(const std::string& name) const { return p_.function.registers.count(name) > 0; }
-  const std::string& type_of(const std::string& name) const { return p_.function.registers.at(name); }
+  bool is_register(const std::string& name) const { return code().function->registers.count(name) > 0; }
+  const std::string& type_of(const std::string& name) const { return code().function->registers.at(name); }
+  bool is_entry() const { return current_ == 0; }
+  Code& code() { return p_.codes[static_cast<size_t>(current_)]; }
+  const Code& code() const { return p_.codes[static_cast<size_t>(current_)]; }
+  u32 meeting(const std::string& what);  // a number for what can meet
   void set(Op& op, const std::vector<Reg>& dst, const std::vector<Reg>& src);
   void expect_operands(const Instruction& in, size_t n) const;
   [[noreturn]] static void fail(const std::string& what) { throw PtxError(0, what); }
@@ -322,10 +529,19 @@ class Decoder {
  private:
   Reg allocate(bool wide, bool predicate = false);
   Reg named(const std::string& name);
+  void lay_out_frame();
+  void function();
+  void operation(const Instruction& in, Op& op);
+  void decode_call(const Instruction& in, Op& op);
 
   Program& p_;
+  int current_ = 0;  // of p_.codes
   std::unordered_map<std::string, Reg> names_;
   std::map<std::pair<u64, bool>, Reg> constants_;
+  std::map<std::string, Reg> symbols_;
+  std::map<std::string, u32> meetings_;
+  Reg carry_{};
+  bool has_carry_ = false;
 };
 
 template <class To, class From>

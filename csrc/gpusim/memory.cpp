@@ -10,10 +10,8 @@ namespace {
 
 constexpr u8 kWhole = 0xff;
 
-// Addresses of the lanes, and the state space they are in.
 struct Addresses {
   u64 lane[kLanes];
-  bool shared = false;
 };
 
 std::string hex(u64 v) {
@@ -27,10 +25,9 @@ struct AddressOperand {
   Reg base;
   bool wide;
   i64 offset;
-  Space space;
 };
 
-AddressOperand first_address(const Op& op, int at) { return {op.regs[at], op.wide_address, op.imm, op.space}; }
+AddressOperand first_address(const Op& op, int at) { return {op.regs[at], op.wide_address, op.imm}; }
 
 void addresses_of(Warp& w, const Op& op, const AddressOperand& from, u32 mask, Addresses& out) {
   w.require_valid(op, from.base, mask, from.wide ? 0xff : 0x0f, "an address");
@@ -41,26 +38,35 @@ void addresses_of(Warp& w, const Op& op, const AddressOperand& from, u32 mask, A
     const u32* a = reinterpret_cast<const u32*>(w.file + from.base.value);
     for (int l = 0; l < kLanes; ++l) out.lane[l] = static_cast<u32>(a[l] + static_cast<u32>(from.offset));
   }
-  out.shared = from.space == Space::kShared;
-  if (from.space == Space::kGeneric) {
-    const u64 first = out.lane[std::countr_zero(mask)];
-    out.shared = first >= kSharedWindow;
-    for (int l = 0; l < kLanes; ++l)
-      if (mask >> l & 1 && (out.lane[l] >= kSharedWindow) != out.shared)
-        w.raise(op, l, "unsupported", "unsupported: one generic access to shared and to global memory");
-  }
-  if (out.shared)
-    for (u64& a : out.lane) a &= ~kSharedWindow;
 }
 
-Region* region_of(Launch& launch, u64 address) {
-  const u64 slot = (address >> kGlobalShift) - 1;
-  return slot < launch.regions.size() ? &launch.regions[slot] : nullptr;
+// f(lanes, their space) for each state space that the addresses are in; offsets within it replace generic addresses.
+template <class F>
+void for_each_space(Warp& w, const Op& op, Space space, u32 mask, Addresses& a, F f) {
+  if (space != Space::kGeneric) {
+    if (space != Space::kGlobal)
+      for (u64& address : a.lane) address &= (1ull << kWindowShift) - 1;
+    return f(mask, space);
+  }
+  static constexpr Space spaces[] = {Space::kGlobal, Space::kShared, Space::kLocal, Space::kParam};
+  u32 in[4] = {};
+  for (int l = 0; l < kLanes; ++l) {
+    if (!(mask >> l & 1)) continue;
+    const u64 window = a.lane[l] >> kWindowShift;
+    if (window >= 4) {
+      w.fault(op, l, "out of bounds", "out of bounds access at " + hex(a.lane[l]) + " (no memory there)", a.lane[l]);
+      continue;
+    }
+    in[window] |= 1u << l;
+    a.lane[l] &= (1ull << kWindowShift) - 1;
+  }
+  for (int i = 0; i < 4; ++i)
+    if (in[i]) f(in[i], spaces[i]);
 }
 
 // The region that holds [address, address + bytes), or nullptr after a fault.
 Region* checked(Warp& w, const Op& op, int lane, u64 address, u32 bytes, u32 align, const char* verb) {
-  Region* r = region_of(w.cta->launch, address);
+  Region* r = w.cta->launch.region_of(address);
   const u64 offset = r ? address - r->base : 0;
   auto at = [&] {
     if (r == nullptr) return std::string("no tensor there");
@@ -150,6 +156,15 @@ void count_wavefronts(OpCounters& c, const u64* offsets, u32 mask, u32 bytes) {
   }
 }
 
+void count_access(OpCounters& c, Space space, const Addresses& a, u32 mask, u32 bytes) {
+  if (space != Space::kShared && space != Space::kGlobal) return;
+  c.bytes += static_cast<u64>(std::popcount(mask)) * bytes;
+  if (space == Space::kShared)
+    count_wavefronts(c, a.lane, mask, bytes);
+  else
+    count_sectors(c, a, mask, bytes);
+}
+
 // Elements of an access in the registers of one lane.
 inline void put_element(Warp& w, const Op& op, int reg, int lane, const u8* bytes) {
   u64 v = 0;
@@ -178,44 +193,28 @@ void set_loaded(Warp& w, const Op& op, u32 mask, int reg, const u8* valid, bool 
     if (mask >> l & 1) w.valid[r.id][l] = (valid[l] & element) == element ? kWhole : valid[l] & element;
 }
 
-void follow_read(Warp& w, const Op& op, int lane, Region& r, u64 offset, u32 bytes) {
-  const u32 me = w.cta->linear + 1;
-  for (u64 b = offset; b < offset + bytes; ++b) {
-    r.touched[b] |= 1;
-    if (r.writer.empty()) continue;
-    if (r.writer[b] != 0 && (r.writer[b] != me || op.read_only)) {
-      w.fault(op, lane, "race",
-              op.read_only ? "race: a read-only (.nc) load of bytes that this launch wrote, byte " + std::to_string(b) +
-                                 " of " + r.name
-                           : "race: byte " + std::to_string(b) + " of " + r.name + " was written by CTA " +
-                                 std::to_string(r.writer[b] - 1) + " and is read by CTA " + std::to_string(me - 1),
-              r.base + b, &r);
-      return;
-    }
-    r.reader[b] = r.reader[b] == 0 || r.reader[b] == me ? me : ~0u;
+// Local memory and parameters belong to a lane alone: their bytes, or nullptr after a fault.
+u8* own_bytes(Warp& w, const Op& op, int lane, Space space, u64 offset, u32 bytes, const char* verb) {
+  const bool local = space == Space::kLocal;
+  Stack& stack = w.stacks[static_cast<size_t>(lane)];
+  const u64 size = local ? stack.top : w.cta->launch.params.size();
+  const std::string where = (local ? "local byte " : "parameter byte ") + std::to_string(offset);
+  if (offset % bytes != 0) {
+    w.fault(op, lane, "misaligned", std::string("misaligned ") + verb + " of " + std::to_string(bytes) + " bytes at " +
+                                        where, offset);
+    return nullptr;
   }
+  if (offset >= size || offset + bytes > size || (local && offset < 16)) {
+    w.fault(op, lane, "out of bounds", std::string("out of bounds ") + verb + " of " + std::to_string(bytes) +
+                                           " bytes at " + where + " of " + std::to_string(size), offset);
+    return nullptr;
+  }
+  return local ? stack.memory.data() + offset : w.cta->launch.params.data() + offset;
 }
 
-void follow_write(Warp& w, const Op& op, int lane, Region& r, u64 offset, const u8* data, u32 bytes) {
-  const u32 me = w.cta->linear + 1;
-  for (u64 b = offset; b < offset + bytes; ++b) {
-    r.touched[b] |= 2;
-    if (!r.valid.empty()) r.valid[b] = 1;
-    if (r.writer.empty()) continue;
-    const bool written = r.writer[b] != 0 && r.writer[b] != me;
-    const bool read = r.reader[b] != 0 && r.reader[b] != me;
-    if (written && r.host[b] == data[b - offset] && !w.cta->launch.options.strict_races) {
-      (*w.counters)[op.index].collisions += 1;
-    } else if (written || read) {
-      w.fault(op, lane, "race",
-              "race: byte " + std::to_string(b) + " of " + r.name + " was " +
-                  (written ? "written by CTA " + std::to_string(r.writer[b] - 1) : "read by another CTA") +
-                  " and is written by CTA " + std::to_string(me - 1),
-              r.base + b, &r);
-      return;
-    }
-    r.writer[b] = me;
-  }
+// Key of a location that releases and acquires meet at.
+u64 location(const Warp& w, Space space, u64 address) {
+  return space == Space::kShared ? 1ull << 63 | static_cast<u64>(w.cta->linear) << 24 | address : address;
 }
 
 u8 valid_bytes(const std::vector<u8>& shadow, u64 offset, u32 bytes) {
@@ -225,17 +224,17 @@ u8 valid_bytes(const std::vector<u8>& shadow, u64 offset, u32 bytes) {
   return bits;
 }
 
-void load(Warp& w, const Op& op, u32 mask) {
-  Addresses a;
-  addresses_of(w, op, first_address(op, op.num_dst), mask, a);
-  const bool shared = a.shared;
+void load_from(Warp& w, const Op& op, u32 mask, Space space, const Addresses& a) {
+  const bool shared = space == Space::kShared;
   const u32 bytes = op.width * op.vector;
   Cta& cta = *w.cta;
   OpCounters& c = (*w.counters)[op.index];
   bool all = true;
   u8 valid[8][kLanes];
+  static const std::vector<u8> no_shadow;
   for (int l = 0; l < kLanes; ++l) {
     if (!(mask >> l & 1)) continue;
+    if (op.strong && (shared || space == Space::kGlobal)) w.observe(op, location(w, space, a.lane[l]));
     const u8* data = nullptr;
     const std::vector<u8>* shadow = nullptr;
     u64 offset = 0;
@@ -252,6 +251,7 @@ void load(Warp& w, const Op& op, u32 mask) {
       }
     };
     u8 raw[64] = {}, known[64] = {};
+    bool racy = false;
     if (shared) {
       offset = a.lane[l];
       if (!checked_shared(w, op, l, offset, bytes, bytes, "load")) {
@@ -261,6 +261,14 @@ void load(Warp& w, const Op& op, u32 mask) {
       data = cta.shared.data() + offset;
       shadow = &cta.shared_valid;
       in_runs([&](u32 k, u32 n) { cta.read_shared(w, op, l, static_cast<u32>(offset) + k, n); });
+    } else if (space != Space::kGlobal) {
+      offset = a.lane[l];
+      data = own_bytes(w, op, l, space, offset, bytes, "load");
+      if (data == nullptr) {
+        mask &= ~(1u << l);
+        continue;
+      }
+      shadow = space == Space::kLocal ? &w.stacks[static_cast<size_t>(l)].valid : &no_shadow;
     } else if (span > 0) {
       const bool aligned = a.lane[l] % bytes == 0;
       Region* r = aligned && span < bytes ? checked(w, op, l, a.lane[l] + begin, span, 1, "load")
@@ -272,7 +280,7 @@ void load(Warp& w, const Op& op, u32 mask) {
       offset = a.lane[l] - r->base;
       data = r->host + offset;
       shadow = &r->valid;
-      in_runs([&](u32 k, u32 n) { follow_read(w, op, l, *r, offset + k, n); });
+      in_runs([&](u32 k, u32 n) { racy = !follow_read(w, op, l, *r, offset + k, n) || racy; });
     }
     if (span == bytes && op.used_bytes == ~0ull) {
       memcpy(raw, data, bytes);
@@ -284,6 +292,7 @@ void load(Warp& w, const Op& op, u32 mask) {
       for (u32 k = begin; k < end; ++k)
         if (used >> k & 1) raw[k] = data[k], known[k] = shadow->empty() ? 1 : (*shadow)[offset + k];
     }
+    if (racy) memset(known, 0, bytes);
     const u8 element = op.width == 8 ? kWhole : static_cast<u8>((1u << op.width) - 1);
     for (int i = 0; i < op.vector; ++i) {
       const u32 at = static_cast<u32>(i) * op.width;
@@ -293,34 +302,37 @@ void load(Warp& w, const Op& op, u32 mask) {
       valid[i][l] = bits;
       if (bits != element) {
         all = false;
-        if (cta.launch.options.uninit_at_load && op.used_bytes == ~0ull)
+        if (!racy && cta.launch.options.uninit_at_load && op.used_bytes == ~0ull)
           w.fault(op, l, "uninitialised", "uninitialised bytes are loaded", a.lane[l]);
       }
     }
   }
-  c.bytes += static_cast<u64>(std::popcount(mask)) * bytes;
-  if (shared)
-    count_wavefronts(c, a.lane, mask, bytes);
-  else
-    count_sectors(c, a, mask, bytes);
+  count_access(c, space, a, mask, bytes);
   for (int i = 0; i < op.vector; ++i) set_loaded(w, op, mask, i, valid[i], all);
 }
 
-void store(Warp& w, const Op& op, u32 mask) {
+void load(Warp& w, const Op& op, u32 mask) {
   Addresses a;
-  addresses_of(w, op, first_address(op, 0), mask, a);
-  const bool shared = a.shared;
+  addresses_of(w, op, first_address(op, op.num_dst), mask, a);
+  for_each_space(w, op, op.space, mask, a, [&](u32 lanes, Space space) { load_from(w, op, lanes, space, a); });
+}
+
+void store_to(Warp& w, const Op& op, u32 mask, Space space, const Addresses& a) {
+  const bool shared = space == Space::kShared;
   const u32 bytes = op.width * op.vector;
   Cta& cta = *w.cta;
   OpCounters& c = (*w.counters)[op.index];
   const u8 element = op.width == 8 ? kWhole : static_cast<u8>((1u << op.width) - 1);
-  if (!shared)
+  if (space == Space::kGlobal)
     for (int i = 0; i < op.vector; ++i) w.require_valid(op, op.regs[1 + i], mask, element, "a store to global memory");
   cta.serial += 1;
+  // Where lanes meet, the highest wins (the lowest, where numerics are perturbed): in shared memory it comes first and
+  // keeps the others out, elsewhere it comes last.
+  const bool highest = !(cta.program.perturbation >> (op.index & 31) & 1);
   for (int k = 0; k < kLanes; ++k) {
-    const int l =
-        shared ? kLanes - 1 - k : k;  // where lanes meet, the highest wins: first in shared memory, last in global
+    const int l = shared == highest ? kLanes - 1 - k : k;
     if (!(mask >> l & 1)) continue;
+    if (op.strong && (shared || space == Space::kGlobal)) w.publish(op, location(w, space, a.lane[l]));
     u8 data[64], valid[64];
     for (int i = 0; i < op.vector; ++i) {
       if (op.wide)
@@ -328,9 +340,10 @@ void store(Warp& w, const Op& op, u32 mask) {
       else
         memcpy(data + i * op.width, &w.reg<u32>(op, 1 + i)[l], op.width);
     }
-    if (shared) {
+    if (space != Space::kGlobal) {
       const u64 offset = a.lane[l];
-      if (!checked_shared(w, op, l, offset, bytes, bytes, "store")) {
+      u8* own = shared ? nullptr : own_bytes(w, op, l, space, offset, bytes, "store");
+      if (shared ? !checked_shared(w, op, l, offset, bytes, bytes, "store") : own == nullptr) {
         mask &= ~(1u << l);
         continue;
       }
@@ -339,7 +352,13 @@ void store(Warp& w, const Op& op, u32 mask) {
         const u8 bits = w.partial[r.id] ? w.valid[r.id][l] : kWhole;
         for (u32 b = 0; b < op.width; ++b) valid[i * op.width + b] = bits >> b & 1;
       }
-      cta.write_shared(w, op, l, static_cast<u32>(offset), data, valid, bytes);
+      if (space == Space::kParam) {
+        w.fault(op, l, "out of bounds", "out of bounds: a store to the kernel's parameters", offset);
+      } else if (!shared) {
+        memcpy(own, data, bytes);
+        memcpy(w.stacks[static_cast<size_t>(l)].valid.data() + offset, valid, bytes);
+      } else
+        cta.write_shared(w, op, l, static_cast<u32>(offset), data, valid, bytes);
     } else {
       Region* r = checked(w, op, l, a.lane[l], bytes, bytes, "store");
       if (r != nullptr && r->constant) {
@@ -355,11 +374,13 @@ void store(Warp& w, const Op& op, u32 mask) {
       memcpy(r->host + offset, data, bytes);
     }
   }
-  c.bytes += static_cast<u64>(std::popcount(mask)) * bytes;
-  if (shared)
-    count_wavefronts(c, a.lane, mask, bytes);
-  else
-    count_sectors(c, a, mask, bytes);
+  count_access(c, space, a, mask, bytes);
+}
+
+void store(Warp& w, const Op& op, u32 mask) {
+  Addresses a;
+  addresses_of(w, op, first_address(op, 0), mask, a);
+  for_each_space(w, op, op.space, mask, a, [&](u32 lanes, Space space) { store_to(w, op, lanes, space, a); });
 }
 
 void load_param(Warp& w, const Op& op, u32 mask) {
@@ -373,12 +394,11 @@ void load_param(Warp& w, const Op& op, u32 mask) {
 
 // ---- atomics
 template <class T>
-void atomic(Warp& w, const Op& op, u32 mask) {
-  // regs: [result,] address, a [, b]
-  Addresses a;
+void atomic_in(Warp& w, const Op& op, u32 mask, Space space, const Addresses& a) {
   const Reg* src = op.regs + op.num_dst;
-  addresses_of(w, op, first_address(op, op.num_dst), mask, a);
-  const bool shared = a.shared;
+  const bool shared = space == Space::kShared;
+  if (!shared && space != Space::kGlobal)
+    w.raise(op, std::countr_zero(mask), "unsupported", "unsupported: an atomic operation on local memory");
   for (int i = 1; i < op.num_src; ++i)
     w.require_valid(op, src[i], mask, sizeof(T) == 8 ? kWhole : static_cast<u8>((1u << sizeof(T)) - 1),
                     "an atomic operation");
@@ -390,6 +410,7 @@ void atomic(Warp& w, const Op& op, u32 mask) {
   using Lane = std::conditional_t<sizeof(T) == 8, u64, u32>;
   for (int l = 0; l < kLanes; ++l) {
     if (!(mask >> l & 1)) continue;
+    w.observe(op, location(w, space, a.lane[l]));
     u8* data;
     if (shared) {
       if (!checked_shared(w, op, l, a.lane[l], sizeof(T), sizeof(T), "atomic operation")) continue;
@@ -411,11 +432,10 @@ void atomic(Warp& w, const Op& op, u32 mask) {
       if (cta.launch.options.uninit && !overwrites && (valid_bytes(r->valid, offset, sizeof(T)) & whole) != whole)
         w.fault(op, l, "uninitialised", "uninitialised memory is updated by an atomic operation, " + r->name, a.lane[l],
                 r);
-      for (u32 b = 0; b < sizeof(T); ++b) {
-        r->touched[offset + b] |= 3;
-        if (!r->valid.empty()) r->valid[offset + b] = 1;
-      }
+      follow_read(w, op, l, *r, offset, sizeof(T));
+      follow_write(w, op, l, *r, offset, nullptr, sizeof(T));
     }
+    w.publish(op, location(w, space, a.lane[l]));
     Lane va = 0, vb = 0;
     memcpy(&va, w.file + src[1].value + sizeof(Lane) * l, sizeof(Lane));
     if (op.num_src > 2) memcpy(&vb, w.file + src[2].value + sizeof(Lane) * l, sizeof(Lane));
@@ -432,11 +452,15 @@ void atomic(Warp& w, const Op& op, u32 mask) {
     }
   }
   if (op.num_dst) w.set_valid(op.regs[0], mask);
-  c.bytes += static_cast<u64>(std::popcount(mask)) * sizeof(T);
-  if (shared)
-    count_wavefronts(c, a.lane, mask, sizeof(T));
-  else
-    count_sectors(c, a, mask, sizeof(T));
+  count_access(c, space, a, mask, sizeof(T));
+}
+
+template <class T>
+void atomic(Warp& w, const Op& op, u32 mask) {
+  // regs: [result,] address, a [, b]
+  Addresses a;
+  addresses_of(w, op, first_address(op, op.num_dst), mask, a);
+  for_each_space(w, op, op.space, mask, a, [&](u32 lanes, Space space) { atomic_in<T>(w, op, lanes, space, a); });
 }
 
 template <class T, class F>
@@ -492,6 +516,22 @@ bool set_atomic_of(Op& op, const std::string& what, const std::string& type) {
   else if (type == "bf16")
     set_atomic<u16>(
         op, [](u16 o, u16 a, u16) { return bf16_bits(static_cast<double>(to_float(bf16{o})) + to_float(bf16{a})); });
+  else if (type == "f16x2")
+    set_atomic<u32>(op, [](u32 o, u32 a, u32) {
+      const auto sum = [](u32 x, u32 y) {
+        return static_cast<u32>(f16_bits(static_cast<double>(to_float(f16{static_cast<u16>(x)})) +
+                                         to_float(f16{static_cast<u16>(y)})));
+      };
+      return sum(o, a) | sum(o >> 16, a >> 16) << 16;
+    });
+  else if (type == "bf16x2")
+    set_atomic<u32>(op, [](u32 o, u32 a, u32) {
+      const auto sum = [](u32 x, u32 y) {
+        return static_cast<u32>(bf16_bits(static_cast<double>(to_float(bf16{static_cast<u16>(x)})) +
+                                          to_float(bf16{static_cast<u16>(y)})));
+      };
+      return sum(o, a) | sum(o >> 16, a >> 16) << 16;
+    });
   else
     return false;
   return true;
@@ -501,17 +541,22 @@ bool set_atomic_of(Op& op, const std::string& what, const std::string& type) {
 void async_copy(Warp& w, const Op& op, u32 mask) {
   // regs: shared address, global address [, bytes to read]
   Addresses to, from;
-  addresses_of(w, op, {op.regs[0], op.wide_address, op.imm, Space::kShared}, mask, to);
-  addresses_of(w, op, {op.regs[1], op.wide_address2, op.imm2, Space::kGlobal}, mask, from);
+  addresses_of(w, op, {op.regs[0], op.wide_address, op.imm}, mask, to);
+  addresses_of(w, op, {op.regs[1], op.wide_address2, op.imm2}, mask, from);
+  for (u64& address : to.lane) address &= kSharedWindow - 1;
   const u32 bytes = op.width;
   u32 reading = 0;
   Cta& cta = *w.cta;
-  if (op.num_src > 2) w.require_valid(op, op.regs[2], mask, 0x0f, "an asynchronous copy's size");
+  if (op.num_src > 2) w.require_valid(op, op.regs[2], mask, op.saturate ? 1 : 0x0f, "an asynchronous copy's size");
   OpCounters& c = (*w.counters)[op.index];
   for (int l = 0; l < kLanes; ++l) {
     if (!(mask >> l & 1)) continue;
     if (!checked_shared(w, op, l, to.lane[l], bytes, bytes, "asynchronous copy")) continue;
-    const u32 size = op.num_src > 2 ? std::min(w.reg<u32>(op, 2)[l], bytes) : bytes;
+    u32 size = bytes;
+    if (op.num_src > 2 && op.saturate)  // a predicate: nothing is read, zeros are written
+      size = *w.reg<u32>(op, 2) >> l & 1 ? 0 : bytes;
+    else if (op.num_src > 2)
+      size = std::min(w.reg<u32>(op, 2)[l], bytes);
     PendingCopy copy{.shared = static_cast<u32>(to.lane[l]),
                      .bytes = static_cast<u8>(bytes),
                      .lane = static_cast<u8>(l),
@@ -544,13 +589,12 @@ void commit_group(Warp& w, const Op&, u32 mask) {
 }
 
 // ---- ldmatrix
-void load_matrix(Warp& w, const Op& op, u32 mask) {
-  if (mask != kAllLanes)
-    w.raise(op, std::countr_zero(~mask), "barrier", "barrier divergence: ldmatrix without all lanes of the warp");
+void load_matrix(Warp& w, const Op& op, u32) {
   const int count = op.vector;
   Addresses a;
   const u32 used = count == 4 ? kAllLanes : (1u << (8 * count)) - 1;
   addresses_of(w, op, first_address(op, op.num_dst), used, a);
+  for (u64& address : a.lane) address &= kSharedWindow - 1;
   Cta& cta = *w.cta;
   OpCounters& c = (*w.counters)[op.index];
   for (int l = 0; l < 8 * count; ++l) {
@@ -586,20 +630,19 @@ void load_matrix(Warp& w, const Op& op, u32 mask) {
   }
 }
 
+}  // namespace
+
 Space space_of(const Instruction& in) {
   for (const auto& m : in.modifiers) {
-    if (m == "global") return Space::kGlobal;
+    if (m == "global" || m == "const") return Space::kGlobal;
     if (m == "shared" || m == "shared::cta") return Space::kShared;
-    if (m == "const") return Space::kConst;
-    if (m == "param" || m == "param::entry") return Space::kParam;
+    if (m.rfind("param", 0) == 0) return Space::kParam;
     if (m == "local") return Space::kLocal;
   }
   return Space::kGeneric;
 }
 
-bool synchronises(const Instruction& in) {
-  return in.has("acquire") || in.has("release") || in.has("acq_rel") || in.has("volatile") || in.has("relaxed");
-}
+namespace {
 
 void decode_access(Decoder& d, const Instruction& in, Op& op, bool is_load) {
   const std::string type = in.last();
@@ -610,11 +653,8 @@ void decode_access(Decoder& d, const Instruction& in, Op& op, bool is_load) {
   op.space = space_of(in);
   op.sign = type[0] == 's';
   op.read_only = in.has("nc");
-  if (op.space == Space::kLocal) Decoder::fail("local memory");
-  if (synchronises(in) && op.space == Space::kShared)
-    Decoder::fail("volatile, relaxed, acquire or release in shared memory");
-  if (synchronises(in) && (op.space == Space::kGlobal || op.space == Space::kGeneric))
-    d.program().synchronises_ctas = true;
+  set_order(in, op);
+  if (op.strong && (op.space == Space::kGlobal || op.space == Space::kGeneric)) d.program().synchronises_ctas = true;
   const size_t data = is_load ? 0 : 1, where = is_load ? 1 : 0;
   const size_t expected = in.has("L2::cache_hint") ? 3 : 2;
   d.expect_operands(in, expected);
@@ -632,14 +672,12 @@ void decode_access(Decoder& d, const Instruction& in, Op& op, bool is_load) {
     first = false;
     regs.push_back(is_load ? d.result(o, type, Decoder::Wider::kAny) : d.source(o, type, Decoder::Wider::kAny));
   }
-  if (op.space == Space::kParam) {
-    if (!is_load) Decoder::fail("st.param");
-    const Operand& a = in.operands[1];
-    const auto it = d.program().param_offsets.find(a.name);
-    if (a.kind != Operand::kAddress || it == d.program().param_offsets.end())
-      Decoder::fail("ld.param of an unknown parameter");
+  const Operand& place = in.operands[where];
+  const bool formal = d.is_entry() && d.program().param_offsets.count(place.name) > 0;
+  if (op.space == Space::kParam && place.kind == Operand::kAddress && formal) {
+    if (!is_load) Decoder::fail("st.param to a kernel's parameter");
     const u64 room = d.program().param_bytes, need = static_cast<u64>(bytes) * op.vector;
-    const u64 at = it->second + static_cast<u64>(a.offset);
+    const u64 at = d.program().param_offsets.at(place.name) + static_cast<u64>(place.offset);
     if (at > room || room - at < need) Decoder::fail("ld.param beyond the parameters");
     op.imm = static_cast<i64>(at);
     d.set(op, regs, {});
@@ -647,6 +685,8 @@ void decode_access(Decoder& d, const Instruction& in, Op& op, bool is_load) {
     op.rule = Rule::kOwn;
     return;
   }
+  // Parameters of functions and of calls lie in the frame.
+  if (op.space == Space::kParam) op.space = d.code().places.count(place.name) ? Space::kLocal : Space::kParam;
   const Reg base = d.address_base(in.operands[where], op.wide_address);
   op.imm = in.operands[where].offset;
   if (is_load) {
@@ -671,6 +711,8 @@ void decode_atomic(Decoder& d, const Instruction& in, Op& op, bool has_result) {
   op.space = space_of(in);
   op.width = static_cast<u8>(type_bytes(type));
   op.overwrites = what == "exch";
+  set_order(in, op);
+  op.strong = true;
   if (op.space != Space::kShared) d.program().synchronises_ctas = true;
   const size_t at = has_result ? 1 : 0;
   d.expect_operands(in, at + (what == "cas" ? 3 : 2));
@@ -701,7 +743,7 @@ void decode_async(Decoder& d, const Instruction& in, Op& op) {
     d.set(op, {}, {});
     return;
   }
-  if (in.has("mbarrier") || in.has("bulk")) Decoder::fail("cp.async with mbarrier or bulk");
+  if (in.has("bulk")) Decoder::fail("cp.async.bulk");
   if (in.operands.size() < 3 || in.operands.size() > 4)
     Decoder::fail("cp.async with " + std::to_string(in.operands.size()) + " operands");
   const u64 bytes = in.operands[2].bits;
@@ -711,9 +753,8 @@ void decode_async(Decoder& d, const Instruction& in, Op& op) {
                           d.address_base(in.operands[1], op.wide_address2)};
   if (in.operands.size() == 4) {
     const Operand& o = in.operands[3];
-    if (o.kind == Operand::kName && d.is_register(o.name) && d.type_of(o.name) == "pred")
-      Decoder::fail("cp.async with ignore-src");
-    src.push_back(d.source(o, "u32"));
+    op.saturate = o.kind == Operand::kName && d.is_register(o.name) && d.type_of(o.name) == "pred";
+    src.push_back(op.saturate ? d.predicate(o) : d.source(o, "u32"));
   }
   op.imm = in.operands[0].offset;
   op.imm2 = in.operands[1].offset;
@@ -734,7 +775,7 @@ bool decode_memory(Decoder& d, const Instruction& in, Op& op) {
   } else if (o == "red") {
     decode_atomic(d, in, op, false);
   } else if (o == "cp") {
-    if (!in.has("async")) return false;
+    if (!in.has("async") || in.has("mbarrier")) return false;
     decode_async(d, in, op);
   } else if (o == "ldmatrix") {
     op.vector = in.has("x4") ? 4 : in.has("x2") ? 2 : 1;
@@ -752,6 +793,8 @@ bool decode_memory(Decoder& d, const Instruction& in, Op& op) {
     op.imm = in.operands[1].offset;
     d.set(op, dst, {base});
     op.exec = &load_matrix;
+    op.flow = Flow::kMeet;
+    op.aligned = true;
     op.rule = Rule::kOwn;
   } else if (o == "prefetch" || o == "prefetchu" || o == "discard" || o == "applypriority") {
     d.set(op, {}, {});

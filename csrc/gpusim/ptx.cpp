@@ -19,6 +19,12 @@ const Function* Module::entry(const std::string& name) const {
   return nullptr;
 }
 
+const Function* Module::function(const std::string& name) const {
+  for (const auto& f : functions)
+    if (!f.entry && f.name == name) return &f;
+  return nullptr;
+}
+
 int type_bytes(const std::string& type) {
   static const std::map<std::string, int> sizes = {{"pred", 0}, {"b8", 1},  {"u8", 1},  {"s8", 1},    {"b16", 2},
                                                    {"u16", 2},  {"s16", 2}, {"f16", 2}, {"bf16", 2},  {"b32", 4},
@@ -256,6 +262,7 @@ class Parser {
     v.space = space == ".global"  ? Variable::kGlobal
               : space == ".const" ? Variable::kConst
               : space == ".local" ? Variable::kLocal
+              : space == ".param" ? Variable::kParam
                                   : Variable::kShared;
     v.align = 0;
     uint64_t vector = 1;
@@ -292,10 +299,23 @@ class Parser {
     expect(";");
   }
 
+  // Numbers, and addresses of variables and functions: name, name+8, generic(name).
   void initialiser(Variable& v) {
-    const int element = type_bytes(v.type);
+    const auto element = static_cast<size_t>(type_bytes(v.type));
     std::vector<uint8_t> bytes;
-    auto value = [&] {
+    const auto append = [&](uint64_t bits) {
+      for (size_t i = 0; i < element; ++i) bytes.push_back(static_cast<uint8_t>(bits >> (8 * i)));
+    };
+    const auto address = [&] {
+      const bool generic = at("generic");
+      std::string symbol = word();
+      if (generic) expect("("), symbol = word(), expect(")");
+      if (element != 8) fail("unsupported: the address of " + symbol + " in a variable of type ." + v.type);
+      v.relocations.push_back({bytes.size(), symbol, offset()});
+      append(0);
+    };
+    const auto value = [&] {
+      if (peek().kind == Token::kWord) return address();
       const bool negative = accept("-");
       const Token t = next();
       if (t.kind != Token::kInt && t.kind != Token::kFloat32 && t.kind != Token::kFloat64)
@@ -306,7 +326,7 @@ class Parser {
           (v.type == "f64" && t.kind == Token::kFloat32))
         throw PtxError(t.line, "unsupported: initialiser " + describe(t) + " for ." + v.type);
       if (is_float && negative) bits = t.bits ^ 1ull << (v.type == "f32" ? 31 : 63);
-      for (int i = 0; i < element; ++i) bytes.push_back(static_cast<uint8_t>(bits >> (8 * i)));
+      append(bits);
     };
     if (accept("{")) {
       while (!at("}")) {
@@ -328,12 +348,12 @@ class Parser {
     Function f;
     f.entry = entry;
     f.line = peek().line;
-    scopes_.assign(1, {});
+    scopes_.assign(1, Scope{});
+    open_.assign(1, 0);
     function_ = &f;
-    if (accept("(")) parameters(f);  // a returned value of .func
+    if (accept("(")) parameters(f.returns);
     f.name = word();
-    f.params.clear();
-    if (accept("(")) parameters(f);
+    if (accept("(")) parameters(f.params);
     while (!at("{") && !at(";")) {
       const Token t = next();
       if (t.kind == Token::kEnd) fail("unexpected end of the text");
@@ -348,12 +368,27 @@ class Parser {
     }
     expect("{");
     location_ = -1;
-    while (scopes_.size() > 0) statement(f);
+    while (!open_.empty()) statement(f);
+    resolve_labels(f);
     function_ = nullptr;
     module_.functions.push_back(std::move(f));
   }
 
-  void parameters(Function& f) {
+  // Labels are used before they are declared, and belong to the {} that they stand in.
+  void resolve_labels(Function& f) const {
+    const auto resolved = [&](int scope, const std::string& name) {
+      for (; scope >= 0; scope = scopes_[static_cast<size_t>(scope)].parent)
+        if (f.labels.count(scoped(name, scope))) return scoped(name, scope);
+      return name;
+    };
+    for (Instruction& in : f.body)
+      if (in.opcode == "bra" && in.operands.size() == 1) in.operands[0].name = resolved(in.scope, in.operands[0].name);
+  }
+  static std::string scoped(const std::string& name, int scope) {
+    return scope == 0 ? name : name + "@" + std::to_string(scope);
+  }
+
+  void parameters(std::vector<Variable>& into) {
     while (!accept(")")) {
       if (peek().kind == Token::kEnd) fail("unexpected end of the text");
       accept(",");
@@ -380,21 +415,22 @@ class Parser {
         v.bytes *= n;
         expect("]");
       }
-      f.params.push_back(v);
+      into.push_back(v);
     }
   }
 
   // Names of an inner scope that hide outer ones get a number.
   std::string declare(const std::string& name) {
     if (function_ == nullptr) return name;
-    const std::string unique = scopes_.size() > 1 ? name + "@" + std::to_string(++scope_names_) : name;
-    scopes_.back()[name] = unique;
+    const std::string unique = scoped(name, open_.back());
+    scopes_[static_cast<size_t>(open_.back())].names[name] = unique;
     return unique;
   }
   std::string resolve(const std::string& name) const {
-    for (auto scope = scopes_.rbegin(); scope != scopes_.rend(); ++scope) {
-      const auto it = scope->find(name);
-      if (it != scope->end()) return it->second;
+    for (auto id = open_.rbegin(); id != open_.rend(); ++id) {
+      const auto& names = scopes_[static_cast<size_t>(*id)].names;
+      const auto it = names.find(name);
+      if (it != names.end()) return it->second;
     }
     return name;
   }
@@ -403,9 +439,10 @@ class Parser {
     const Token t = peek();
     if (t.kind == Token::kEnd) fail("unexpected end of the text inside " + f.name);
     if (accept("{")) {
-      scopes_.emplace_back();
+      scopes_.push_back({open_.back(), {}});
+      open_.push_back(static_cast<int>(scopes_.size()) - 1);
     } else if (accept("}")) {
-      scopes_.pop_back();
+      open_.pop_back();
     } else if (accept(";")) {
     } else if (t.kind == Token::kDirective) {
       directive(f);
@@ -420,7 +457,7 @@ class Parser {
     const Token t = next();
     if (t.text == ".reg") {
       registers(f);
-    } else if (t.text == ".shared" || t.text == ".local") {
+    } else if (t.text == ".shared" || t.text == ".local" || t.text == ".param") {
       variables(t.text, f.variables);
     } else if (t.text == ".loc") {
       location();
@@ -428,6 +465,12 @@ class Parser {
       pragma();
     } else if (t.text == ".file") {
       file();
+    } else if (t.text == ".callprototype") {  // what is called says itself what it takes
+      while (!accept(";")) next_or_fail();
+    } else if (t.text == ".branchtargets") {
+      do f.branch_targets[last_label_].push_back(word());
+      while (accept(","));
+      expect(";");
     } else {
       throw PtxError(t.line, "unsupported: directive " + t.text);
     }
@@ -491,7 +534,9 @@ class Parser {
     }
     const std::string name = word();
     if (in.guard.empty() && accept(":")) {
-      if (!f.labels.emplace(name, static_cast<int>(f.body.size())).second) fail("label " + name + " twice");
+      last_label_ = name;
+      if (!f.labels.emplace(scoped(name, open_.back()), static_cast<int>(f.body.size())).second)
+        fail("label " + name + " twice");
       return;
     }
     in.opcode = name;
@@ -509,6 +554,7 @@ class Parser {
     expect(";");
     in.text = lexer_.text().substr(begin, lexer_.last_end() - begin);
     in.location = location_;
+    in.scope = open_.back();
     in.used_bytes = used_bytes_;
     used_bytes_ = ~0ull;
     f.body.push_back(std::move(in));
@@ -535,6 +581,15 @@ class Parser {
       } while (accept(","));
       expect("}");
       if (o.list.size() > 16) fail("a vector of more than 16 elements");
+      return o;
+    }
+    if (accept("(")) {
+      o.kind = Operand::kArguments;
+      while (!accept(")")) {
+        if (!o.list.empty()) expect(",");
+        if (at("(")) fail("arguments inside arguments");
+        o.list.push_back(simple_operand());
+      }
       return o;
     }
     if (accept("[")) {
@@ -596,9 +651,15 @@ class Parser {
   Lexer lexer_;
   Module module_;
   Function* function_ = nullptr;
-  std::vector<std::map<std::string, std::string>> scopes_;
+  struct Scope {
+    int parent = -1;
+    std::map<std::string, std::string> names;
+  };
+  std::vector<Scope> scopes_;  // of the function, the first its body
+  std::vector<int> open_;      // those that enclose this place
+  std::string last_label_;
   std::map<std::tuple<int, int, int>, int> location_index_;
-  int scope_names_ = 0, location_ = -1;
+  int location_ = -1;
   bool external_ = false;
   uint64_t used_bytes_ = ~0ull;
 };

@@ -16,13 +16,13 @@ struct PtxError : std::runtime_error {
 };
 
 struct Operand {
-  enum Kind { kName, kInt, kFloat32, kFloat64, kVector, kAddress, kPair };
+  enum Kind { kName, kInt, kFloat32, kFloat64, kVector, kAddress, kPair, kArguments };
   Kind kind = kInt;
   bool negated = false;       // !%p
   std::string name;           // kName: register or symbol; kAddress: the base, empty for an absolute address
   int64_t offset = 0;         // kAddress and kName (symbol + offset)
   uint64_t bits = 0;          // kInt, kFloat32, kFloat64
-  std::vector<Operand> list;  // kVector: elements; kPair: a|b
+  std::vector<Operand> list;  // kVector: elements; kPair: a|b; kArguments: (a, b)
 };
 
 // A place in the user's source, from .loc; `outer` is where the function that it belongs to was inlined, -1 for
@@ -41,9 +41,17 @@ struct Instruction {
   std::string text;
   int line = 0;
   int location = -1;            // index into Module::locations
+  int scope = 0;                // the {} that it stands in
   uint64_t used_bytes = ~0ull;  // .pragma "used_bytes_mask": bytes of a load that are read
   bool has(const char* modifier) const;
   std::string last() const { return modifiers.empty() ? "" : modifiers.back(); }
+};
+
+// A variable's initial value that is an address: of a variable or of a function.
+struct Relocation {
+  uint64_t at;
+  std::string symbol;
+  int64_t addend;
 };
 
 struct Variable {
@@ -52,16 +60,18 @@ struct Variable {
   uint64_t count = 1, bytes = 0, align = 1;
   bool external = false;
   std::vector<uint8_t> initial;  // empty: zeros (global, const) or undefined (shared, local)
+  std::vector<Relocation> relocations;
 };
 
 struct Function {
   std::string name;
   bool entry = false;
   int line = 0;
-  std::vector<Variable> params, variables;
+  std::vector<Variable> returns, params, variables;
   std::map<std::string, std::string> registers;  // name -> type
   std::vector<Instruction> body;
   std::map<std::string, int> labels;  // name -> index into body of the instruction that follows
+  std::map<std::string, std::vector<std::string>> branch_targets;  // name -> labels, of brx.idx
   int reqntid = 0;                    // product of .reqntid, 0 for none
 };
 
@@ -72,6 +82,7 @@ struct Module {
   std::vector<Variable> variables;
   std::vector<Function> functions;
   const Function* entry(const std::string& name) const;
+  const Function* function(const std::string& name) const;
 };
 
 Module parse(const std::string& text);

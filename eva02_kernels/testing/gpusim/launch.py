@@ -30,9 +30,9 @@ def core() -> Any:
 
 
 @functools.lru_cache(maxsize=512)
-def program(ptx: str, entry: str) -> Any:
-    """The decoded kernel."""
-    return core().Program(ptx, entry)
+def program(ptx: str, entry: str, perturbation: int = 0) -> Any:
+    """The decoded kernel; with the seed of what ``numerics="perturb"`` changes, 0 for nothing."""
+    return core().Program(ptx, entry, perturbation)
 
 
 def check(ptx: str) -> list[tuple[int, str, str]]:
@@ -153,7 +153,7 @@ def run_ptx(
     """
     _check_launch(grid, block, shared_bytes)
     opts = current()
-    kernel = program(ptx, entry_name)
+    kernel = program(ptx, entry_name, opts.perturbation)
     params = kernel.params
     if len(args) != len(params):
         raise ValueError(f"args: {entry_name} has {len(params)} parameters, got {len(args)}")
@@ -177,7 +177,15 @@ def run_ptx(
         keep_alive.append(memory)
         host = ctypes.addressof(memory)
         regions.append(((len(regions) + 1) * _SLOT + host % 512, size, host, name, [], constant, []))
-    outcome = core().launch(kernel, grid, block, bytes(buffer), regions, shared_bytes, opts.record())
+    grid_barrier = 0
+    if kernel.grid_barrier:  # the words on which a cooperative launch synchronises its grid, zeros before it
+        memory = ctypes.create_string_buffer(64)
+        keep_alive.append(memory)
+        grid_barrier = (len(regions) + 1) * _SLOT
+        regions.append((grid_barrier, 64, ctypes.addressof(memory), "grid barrier", [], False, []))
+    outcome = core().launch(
+        kernel, grid, block, bytes(buffer), regions, shared_bytes, grid_barrier, opts.record()
+    )
     errors = [error_of(entry_name, record) for record in outcome["faults"]]
     if errors and opts.on_error == "raise":
         raise errors[0]

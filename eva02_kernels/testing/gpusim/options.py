@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,11 +18,13 @@ class Options:
     """Fields as the arguments of :func:`options`."""
 
     seed: int = 0
+    threads: int | None = None
     order: str = "in"
     outputs: tuple[torch.Tensor, ...] = ()
     bounds: str = "storage"
     races: bool | str = True
     uninit: str | bool = "use"
+    numerics: str = "exact"
     budget: int = 0
     on_error: str = "raise"
 
@@ -31,11 +34,14 @@ class Options:
             ("bounds", ("storage", "view")),
             ("races", (True, False, "strict")),
             ("uninit", ("use", "load", False)),
+            ("numerics", ("exact", "perturb")),
             ("on_error", ("raise", "collect")),
         ):
             value = getattr(self, name)
             if value not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(map(repr, known))}; got {value!r}")
+        if self.threads is not None and not 1 <= self.threads <= 64:
+            raise ValueError(f"threads: expected 1 to 64, or None for this machine's; got {self.threads!r}")
 
     def record(self) -> dict[str, Any]:
         """What the core reads."""
@@ -48,7 +54,13 @@ class Options:
             "uninit_at_load": self.uninit == "load",
             "collect": self.on_error == "collect",
             "budget": self.budget,
+            "threads": self.threads or min(os.cpu_count() or 1, 4),
         }
+
+    @property
+    def perturbation(self) -> int:
+        """What decides how numerics are perturbed; 0 for not at all."""
+        return 0 if self.numerics == "exact" else (0x9E3779B97F4A7C15 * (self.seed + 1)) % 2**64
 
 
 _current = Options()
@@ -62,11 +74,13 @@ def current() -> Options:
 def options(
     *,
     seed: int | None = None,
+    threads: int | None = None,
     order: str | None = None,
     outputs: Sequence[torch.Tensor] | None = None,
     bounds: str | None = None,
     races: bool | str | None = None,
     uninit: str | bool | None = None,
+    numerics: str | None = None,
     budget: int | None = None,
     on_error: str | None = None,
 ) -> Iterator[None]:
@@ -85,11 +99,13 @@ def options(
     global _current
     given: dict[str, Any] = {
         "seed": seed,
+        "threads": threads,
         "order": order,
         "outputs": None if outputs is None else tuple(outputs),
         "bounds": bounds,
         "races": races,
         "uninit": uninit,
+        "numerics": numerics,
         "budget": budget,
         "on_error": on_error,
     }

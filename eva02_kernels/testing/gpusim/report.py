@@ -46,6 +46,7 @@ class Report:
     opcodes: dict[str, int]  # executions by warps
     traffic: dict[str, Traffic]  # by tensor
     errors: list[SimulationError] = field(default_factory=list)
+    output: str = ""  # of the kernel's printf
 
     def table(self, count: int = 20) -> str:
         """The ``count`` busiest source lines and every tensor's traffic, as text."""
@@ -91,4 +92,4 @@ def report_of(kernel: str, outcome: dict[str, Any], errors: list[SimulationError
                 c.shared_store_bytes += size * store
                 c.shared_load_bytes += size * (not store)
     traffic = {name: Traffic(*values) for name, values in outcome["distinct"].items()}
-    return Report(kernel, total, dict(lines), dict(opcodes), traffic, errors)
+    return Report(kernel, total, dict(lines), dict(opcodes), traffic, errors, outcome["output"])

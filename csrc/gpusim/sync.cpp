@@ -1,0 +1,573 @@
+// Order: who wrote and read each byte last, what happens before what, and the instructions that make order: fences,
+// barriers, asynchronous copies' barriers. Source: PTX ISA 8.8, sections 8 (memory consistency), 9.7.13.1-4 (bar,
+// membar, fence) and 9.7.13.15 (mbarrier).
+//
+// Not found: a plain write to bytes of a tensor that several warps of the same CTA read before, unordered (the last
+// reader alone is kept).
+#include <algorithm>
+#include <utility>
+
+#include "gpusim/machine.h"
+
+namespace gpusim {
+
+void Warp::wait_copies(u32 mask, u32 keep) {
+  std::vector<PendingCopy> left;
+  for (const PendingCopy& copy : copies) {
+    const u32 committed = copy_groups[copy.lane];
+    const bool all = keep == ~0u;
+    // Groups that are committed and older than the `keep` newest ones are complete.
+    const bool done = mask >> copy.lane & 1 && (all || (copy.group < committed && committed - copy.group > keep));
+    if (!done) {
+      left.push_back(copy);
+      continue;
+    }
+    for (u32 b = 0; b < copy.bytes; ++b) {
+      const u32 at = copy.shared + b;
+      cta->in_flight[at] -= 1;
+      cta->shared[at] = copy.data[b];
+      cta->shared_valid[at] = copy.valid[b];
+      cta->writer[at] = stamp_of(time(), static_cast<u32>(index), copy.lane);
+      cta->writer_op[at] = copy.op;
+    }
+  }
+  copies = std::move(left);
+}
+
+namespace {
+
+u32 warp_of(u32 stamp) { return stamp >> 5 & 63; }
+u32 time_of(u32 stamp) { return stamp >> 12; }
+
+// Does what the stamp tells of happen before `w` now, in lane `lane`?
+bool before(const Warp& w, int lane, u32 stamp) {
+  const u32 other = warp_of(stamp);
+  if (other != static_cast<u32>(w.index)) return time_of(stamp) < w.clock[other];
+  const bool own_lane = !(stamp & kSeveral) && (stamp & 31) == static_cast<u32>(lane);
+  return own_lane || time_of(stamp) < w.converged;
+}
+
+std::string who(u32 stamp) {
+  return "warp " + std::to_string(warp_of(stamp)) + (stamp & kSeveral ? "" : " lane " + std::to_string(stamp & 31));
+}
+
+void race(Warp& w, const Op& op, int lane, u32 byte, const std::string& what, u32 other_op) {
+  w.fault(op, lane, "race", "race: shared byte " + std::to_string(byte) + " " + what, byte, nullptr, other_op);
+}
+
+}  // namespace
+
+void Cta::read_shared(Warp& w, const Op& op, int lane, u32 offset, u32 bytes) {
+  if (!launch.options.races) return;
+  const u32 me = stamp_of(w.time(), static_cast<u32>(w.index), static_cast<u32>(lane));
+  for (u32 b = offset; b < offset + bytes; ++b) {
+    if (in_flight[b])
+      return race(w, op, lane, b, "is read while an asynchronous copy to it is in flight", writer_op[b]);
+    const u32 wrote = writer[b];
+    if (wrote != 0 && !before(w, lane, wrote) && !(op.strong && program.ops[writer_op[b]].strong))
+      return race(w, op, lane, b, "was written by " + who(wrote) + " and is read with no barrier between",
+                  writer_op[b]);
+    const u32 old = reader[b];
+    if (old == me) continue;
+    if (old != 0 && warp_of(old) == static_cast<u32>(w.index)) {
+      reader[b] = time_of(old) == w.time() ? old | kSeveral : me;
+      reader_op[b] = op.index;
+    } else if (old == 0 || before(w, lane, old)) {
+      reader[b] = me;
+      reader_op[b] = op.index;
+    } else {
+      many_readers[b] = 1;
+      reader_of_warp[b * warps.size() + static_cast<size_t>(w.index)] = me | kSeveral;
+    }
+  }
+}
+
+bool Cta::change_shared(Warp& w, const Op& op, int lane, u32 b, bool writers_agree, const char* verb) {
+  if (in_flight[b]) {
+    race(w, op, lane, b, std::string("is ") + verb + " while an asynchronous copy to it is in flight", writer_op[b]);
+    return false;
+  }
+  const auto both_strong = [&](u32 other) { return op.strong && program.ops[other].strong; };
+  const auto unordered = [&](const char* did, u32 stamp, u32 other_op) {
+    race(w, op, lane, b,
+         std::string("was ") + did + " by " + who(stamp) + " and is " + verb + " with no barrier between", other_op);
+    return false;
+  };
+  if (writer[b] != 0 && !writers_agree && !before(w, lane, writer[b]))
+    return unordered("written", writer[b], writer_op[b]);
+  if (reader[b] != 0 && !before(w, lane, reader[b]) && !both_strong(reader_op[b]))
+    return unordered("read", reader[b], reader_op[b]);
+  if (many_readers[b]) {
+    for (size_t i = 0; i < warps.size(); ++i) {
+      const u32 stamp = std::exchange(reader_of_warp[b * warps.size() + i], 0);
+      if (stamp != 0 && !before(w, lane, stamp) && !op.strong) return unordered("read", stamp, ~0u);
+    }
+    many_readers[b] = 0;
+  }
+  reader[b] = 0;
+  writer[b] = stamp_of(w.time(), static_cast<u32>(w.index), static_cast<u32>(lane));
+  writer_op[b] = op.index;
+  return true;
+}
+
+void Cta::write_shared(Warp& w, const Op& op, int lane, u32 offset, const u8* data, const u8* valid, u32 bytes) {
+  u8 old[64];
+  bool mine[64];
+  for (u32 k = 0; k < bytes; ++k) {  // a lane's store is whole, whatever is found below
+    const u32 b = offset + k;
+    mine[k] = writer_serial[b] != serial;
+    if (!mine[k]) {  // a higher lane of this instruction won
+      (*w.counters)[op.index].collisions += 1;
+      continue;
+    }
+    writer_serial[b] = serial;
+    old[k] = shared[b];
+    if (data != nullptr) shared[b] = data[k], shared_valid[b] = valid[k];
+  }
+  if (!launch.options.races) return;
+  for (u32 k = 0; k < bytes; ++k) {
+    if (!mine[k]) continue;
+    const u32 b = offset + k;
+    // Warps that hold the same values (Triton's replicated layouts) are no error.
+    const bool equal = (data != nullptr && old[k] == data[k] && !launch.options.strict_races) ||
+                       (op.strong && program.ops[writer_op[b]].strong);
+    if (equal && writer[b] != 0 && !before(w, lane, writer[b])) (*w.counters)[op.index].collisions += 1;
+    if (!change_shared(w, op, lane, b, equal, "written")) return;
+  }
+}
+
+void Cta::update_shared(Warp& w, const Op& op, int lane, u32 offset, u32 bytes) {
+  for (u32 b = offset; b < offset + bytes; ++b) {
+    shared_valid[b] = 1;
+    const bool strong = program.ops[writer_op[b]].strong;  // no error between two of them
+    if (launch.options.races && !change_shared(w, op, lane, b, strong, "updated")) return;
+  }
+}
+
+
+// ---- tensors
+namespace {
+
+bool before_in_grid(const Warp& w, int lane, u64 who) {
+  if (who == kSeveralCtas) return false;
+  const u32 cta = static_cast<u32>(who >> 32) - 1, stamp = static_cast<u32>(who);
+  if (cta == w.cta->linear) return (stamp & kSeveralWarps) == kSeveralWarps || before(w, lane, stamp);
+  if (w.foreign == nullptr) return false;
+  const auto known = w.foreign->find(cta);
+  return known != w.foreign->end() && warp_of(stamp) < known->second.size() &&
+         time_of(stamp) < known->second[warp_of(stamp)];
+}
+
+std::string who_in_grid(const Warp& w, u64 who) {
+  const u32 cta = static_cast<u32>(who >> 32) - 1;
+  if (cta != w.cta->linear) return "CTA " + std::to_string(cta);
+  return gpusim::who(static_cast<u32>(who)) + " of the same CTA";
+}
+
+u64 stamp_in_grid(const Warp& w, int lane) {
+  return static_cast<u64>(w.cta->linear + 1) << 32 |
+         stamp_of(w.time(), static_cast<u32>(w.index), static_cast<u32>(lane));
+}
+
+}  // namespace
+
+bool follow_read(Warp& w, const Op& op, int lane, Region& r, u64 offset, u32 bytes) {
+  Launch& launch = w.cta->launch;
+  Shadow& s = w.cta->worker.shadows[static_cast<size_t>(&r - launch.regions.data())];
+  for (u64 b = offset; b < offset + bytes; ++b) s.touched[b] |= 1;
+  if (s.writer.empty()) return true;
+  const u64 me = stamp_in_grid(w, lane);
+  for (u64 b = offset; b < offset + bytes; ++b) {
+    const u64 wrote = s.writer[b];
+    if (wrote != 0) {
+      const bool strong = op.strong && launch.program.ops[s.writer_op[b]].strong;
+      if (op.read_only || (!strong && !before_in_grid(w, lane, wrote))) {
+        const std::string what =
+            op.read_only ? "race: a read-only (.nc) load of bytes that this launch wrote, byte " + std::to_string(b) +
+                               " of " + r.name
+                         : "race: byte " + std::to_string(b) + " of " + r.name + " was written by " +
+                               who_in_grid(w, wrote) + " and is read by CTA " + std::to_string(w.cta->linear) +
+                               " with no order between";
+        if (op.read_only || wrote >> 32 != me >> 32 || op.num_dst == 0 || op.apply != nullptr) {
+          w.fault(op, lane, "race", what, r.base + b, &r, s.writer_op[b]);
+          return true;
+        }
+        Fault f = w.fault_at(op, lane, "race", what, r.base + b, &r);
+        f.other_op = s.writer_op[b];
+        w.racy_loads.insert_or_assign(op.index, f);
+        return false;
+      }
+    }
+    u64& old = s.reader[b];
+    if (old == me || old == kSeveralCtas) continue;
+    if (old == 0 || before_in_grid(w, lane, old)) {
+      old = me;
+    } else if (old >> 32 != me >> 32) {
+      old = kSeveralCtas;
+    } else if (warp_of(static_cast<u32>(old)) == static_cast<u32>(w.index)) {
+      old |= kSeveral;
+    } else {
+      old = (me & ~0xffffffffull) | kSeveralWarps;
+    }
+    s.reader_op[b] = op.index;
+  }
+  return true;
+}
+
+void follow_write(Warp& w, const Op& op, int lane, Region& r, u64 offset, const u8* data, u32 bytes) {
+  Launch& launch = w.cta->launch;
+  Shadow& s = w.cta->worker.shadows[static_cast<size_t>(&r - launch.regions.data())];
+  for (u64 b = offset; b < offset + bytes; ++b) s.touched[b] |= 2;
+  if (!r.valid.empty())
+    for (u64 b = offset; b < offset + bytes; ++b) r.valid[b] = 1;
+  if (s.writer.empty()) return;
+  const u64 me = stamp_in_grid(w, lane);
+  for (u64 b = offset; b < offset + bytes; ++b) {
+    const auto strong = [&](u32 other) { return op.strong && launch.program.ops[other].strong; };
+    // Who else read it can be told apart only where CTAs have no order at all.
+    const u64 read_by = s.reader[b] == kSeveralCtas && launch.program.synchronises_ctas ? 0 : s.reader[b];
+    const u64 wrote = s.writer[b];
+    // Lanes of one instruction that meet are counted by the caller; between them one wins.
+    const bool same_store = wrote >> 5 == me >> 5 && s.writer_op[b] == op.index;
+    const bool written = wrote != 0 && !same_store && !before_in_grid(w, lane, wrote) && !strong(s.writer_op[b]);
+    const bool read = read_by != 0 && !before_in_grid(w, lane, read_by) && !strong(s.reader_op[b]);
+    if (same_store && wrote != me && op.apply == nullptr) (*w.counters)[op.index].collisions += 1;
+    if (written && data != nullptr && r.host[b] == data[b - offset] && !launch.options.strict_races) {
+      (*w.counters)[op.index].collisions += 1;
+    } else if (written || read) {
+      w.fault(op, lane, "race",
+              "race: byte " + std::to_string(b) + " of " + r.name + " was " + (written ? "written" : "read") + " by " +
+                  (!written && read_by == kSeveralCtas ? "other CTAs" : who_in_grid(w, written ? wrote : read_by)) +
+                  " and is written by CTA " + std::to_string(w.cta->linear) + " with no order between",
+              r.base + b, &r, written ? s.writer_op[b] : s.reader_op[b]);
+      return;
+    }
+    s.writer[b] = me;
+    s.writer_op[b] = op.index;
+    s.reader[b] = 0;
+    if (!s.value.empty() && data != nullptr) s.value[b] = data[b - offset];
+  }
+}
+
+// ---- what is known of other CTAs
+Known join(const Known& a, const Known& b) {
+  if (a == nullptr || a == b) return b;
+  if (b == nullptr) return a;
+  auto out = std::make_shared<Knowledge>(*a);
+  for (const auto& [cta, times] : *b) {
+    auto& mine = (*out)[cta];
+    mine.resize(std::max(mine.size(), times.size()));
+    for (size_t i = 0; i < times.size(); ++i) mine[i] = std::max(mine[i], times[i]);
+  }
+  return out;
+}
+
+void Warp::tick(const Op& op) {
+  if (time() >= kMaxTime) raise(op, 0, "unsupported", "unsupported: more than a million barriers and releases");
+  clock[static_cast<size_t>(index)] += 1;
+}
+
+Known Warp::snapshot() const {
+  auto out = foreign ? std::make_shared<Knowledge>(*foreign) : std::make_shared<Knowledge>();
+  auto& own = (*out)[cta->linear];
+  own.resize(clock.size());
+  // What this warp did until now is in it: later operations carry a later time.
+  for (size_t i = 0; i < clock.size(); ++i) own[i] = std::max(own[i], clock[i]);
+  own[static_cast<size_t>(index)] += 1;
+  return out;
+}
+
+void Warp::learn(const Known& what) {
+  if (what == nullptr) return;
+  const auto own = what->find(cta->linear);
+  if (own != what->end()) learn(own->second);
+  foreign = join(foreign, what);
+}
+
+void Warp::learn(const std::vector<u32>& times) {
+  for (size_t i = 0; i < times.size(); ++i)
+    (static_cast<int>(i) == index ? converged : clock[i]) =
+        std::max(static_cast<int>(i) == index ? converged : clock[i], times[i]);
+}
+
+void Warp::fence(const Op& op) {
+  learn(seen);
+  seen = nullptr;
+  if (op.releases == Scope::kNone) return;
+  fenced_cta = snapshot();
+  if (op.releases == Scope::kGpu) fenced = fenced_cta;
+  tick(op);
+}
+
+// A strong write: what it releases, or what the last fence did, can be learned from the location.
+void Warp::publish(const Op& op, u64 location) {
+  Known within = fenced_cta, beyond = fenced;
+  if (op.releases != Scope::kNone) {
+    within = snapshot();
+    if (op.releases == Scope::kGpu) beyond = within;
+    tick(op);
+  }
+  Release& at = cta->worker.releases[location];
+  // A read-modify-write continues what earlier writes released.
+  if (op.apply == nullptr) at = Release{};
+  at.within = at.cta == cta->linear ? join(at.within, within) : within;
+  at.beyond = join(at.beyond, beyond);
+  at.cta = cta->linear;
+}
+
+void Warp::observe(const Op& op, u64 location) {
+  const auto it = cta->worker.releases.find(location);
+  if (it == cta->worker.releases.end()) return;
+  const Release& at = it->second;
+  const Known found = at.cta == cta->linear ? join(at.within, at.beyond) : at.beyond;
+  if (op.acquires == Scope::kGpu || (op.acquires == Scope::kCta && at.cta == cta->linear))
+    learn(found);
+  else
+    seen = join(seen, found);
+}
+
+void set_order(const Instruction& in, Op& op) {
+  const Scope scope = in.has("cta") ? Scope::kCta : Scope::kGpu;
+  const bool both = in.has("acq_rel") || in.has("sc");
+  if (in.has("acquire") || both) op.acquires = scope;
+  if (in.has("release") || both) op.releases = scope;
+  op.strong = both || in.has("acquire") || in.has("release") || in.has("relaxed") || in.has("volatile");
+}
+
+// ---- mbarrier: 64 bits in shared memory. Phase in bit 63, expected arrivals from bit 32, pending ones below.
+namespace {
+
+constexpr u64 kCount = (1ull << 20) - 1;
+u64 pending_of(u64 v) { return v & kCount; }
+u64 expected_of(u64 v) { return v >> 32 & kCount; }
+u64 mbarrier(u64 phase, u64 expected, u64 pending) { return phase << 63 | expected << 32 | pending; }
+
+// The barrier at a lane's address, or nullptr after a fault.
+u64* barrier_at(Warp& w, const Op& op, int lane, u32& offset) {
+  const Reg& r = op.regs[op.num_dst];
+  const u64 address =
+      (op.wide_address ? reinterpret_cast<u64*>(w.file + r.value)[lane] : reinterpret_cast<u32*>(w.file + r.value)[lane]) +
+      static_cast<u64>(op.imm);
+  const u64 at = (op.wide_address ? address : static_cast<u32>(address)) & (kSharedWindow - 1);
+  if (at % 8 != 0) {
+    w.fault(op, lane, "misaligned", "misaligned mbarrier at shared byte " + std::to_string(at), at);
+    return nullptr;
+  }
+  if (at + 8 > w.cta->shared.size()) {
+    w.fault(op, lane, "out of bounds",
+            "out of bounds: an mbarrier at shared byte " + std::to_string(at) + " of " +
+                std::to_string(w.cta->shared.size()),
+            at);
+    return nullptr;
+  }
+  offset = static_cast<u32>(at);
+  return reinterpret_cast<u64*>(w.cta->shared.data() + at);
+}
+
+bool initialised(Warp& w, const Op& op, int lane, u32 offset) {
+  if (!w.cta->launch.options.uninit) return true;
+  for (u32 b = offset; b < offset + 8; ++b)
+    if (!w.cta->shared_valid[b]) {
+      w.fault(op, lane, "uninitialised", "uninitialised mbarrier at shared byte " + std::to_string(offset), offset);
+      return false;
+    }
+  return true;
+}
+
+void arrive_at(Warp& w, const Op& op, int lane, u64* barrier, u32 offset, u64 count, bool drop) {
+  const u64 v = *barrier;
+  u64 expected = expected_of(v), pending = pending_of(v);
+  if (count > pending) {
+    w.fault(op, lane, "barrier",
+            "barrier: " + std::to_string(count) + " arrivals at an mbarrier that waits for " + std::to_string(pending),
+            offset);
+    return;
+  }
+  if (drop) expected -= count;
+  pending -= count;
+  Phase& phase = w.cta->phases[offset];
+  phase.arriving.resize(w.clock.size());
+  for (size_t i = 0; i < w.clock.size(); ++i) phase.arriving[i] = std::max(phase.arriving[i], w.clock[i]);
+  phase.arriving[static_cast<size_t>(w.index)] = w.time() + 1;
+  w.tick(op);
+  u64 parity = v >> 63;
+  if (pending == 0) {
+    parity ^= 1, pending = expected;
+    phase.complete = std::exchange(phase.arriving, {});
+  }
+  *barrier = mbarrier(parity, expected, pending);
+}
+
+enum MbarrierAction : i64 { kInit, kInvalidate, kArrive, kArriveDrop, kTest, kTestParity, kCopiesArrive, kCopiesCount };
+
+template <MbarrierAction kAction>
+void on_mbarrier(Warp& w, const Op& op, u32 mask) {
+  // regs: [result,] address [, count or state or parity]
+  Cta& cta = *w.cta;
+  w.require_valid(op, op.regs[op.num_dst], mask, op.wide_address ? 0xff : 0x0f, "an address");
+  const int last = op.num_dst + 1;
+  for (int l = 0; l < kLanes; ++l) {
+    if (!(mask >> l & 1)) continue;
+    u32 offset = 0;
+    u64* barrier = barrier_at(w, op, l, offset);
+    if (barrier == nullptr) continue;
+    if (kAction == kInit) {
+      const u64 count = w.reg<u32>(op, last)[l];
+      if (count == 0 || count > kCount)
+        w.raise(op, l, "barrier", "barrier: an mbarrier of " + std::to_string(count) + " arrivals", offset);
+      const u64 fresh = mbarrier(0, count, count);
+      const u8 valid[8] = {1, 1, 1, 1, 1, 1, 1, 1};
+      cta.serial += 1;
+      cta.write_shared(w, op, l, offset, reinterpret_cast<const u8*>(&fresh), valid, 8);
+      cta.phases.erase(offset);
+      continue;
+    }
+    if (!initialised(w, op, l, offset)) continue;
+    if (kAction == kTest || kAction == kTestParity) {
+      cta.read_shared(w, op, l, offset, 8);
+      const u64 phase = *barrier >> 63;
+      const u64 asked = kAction == kTest ? w.reg<u64>(op, last)[l] >> 63 : w.reg<u32>(op, last)[l] & 1;
+      const bool complete = phase != asked;
+      u32& p = *w.reg<u32>(op, 0);
+      p = complete ? p | 1u << l : p & ~(1u << l);
+      const auto known = cta.phases.find(offset);
+      if (complete && known != cta.phases.end()) w.learn(known->second.complete);
+      continue;
+    }
+    cta.update_shared(w, op, l, offset, 8);
+    if (kAction == kInvalidate) {
+      for (u32 b = offset; b < offset + 8; ++b) cta.shared_valid[b] = 0;
+      cta.phases.erase(offset);
+      continue;
+    }
+    if (kAction == kCopiesArrive || kAction == kCopiesCount) {
+      // The copies end before the arrival that they make; without .noinc it is one more than the barrier counted on.
+      w.wait_copies(1u << l, ~0u);
+      if (kAction == kCopiesCount) {
+        arrive_at(w, op, l, barrier, offset, 1, false);
+      } else {
+        Phase& phase = cta.phases[offset];
+        phase.arriving.resize(w.clock.size());
+        phase.arriving[static_cast<size_t>(w.index)] = w.time() + 1;
+        w.tick(op);
+      }
+      continue;
+    }
+    const u64 old = *barrier;
+    const u64 count = op.num_src > 1 ? w.reg<u32>(op, last)[l] : 1;
+    arrive_at(w, op, l, barrier, offset, count, kAction == kArriveDrop);
+    if (op.num_dst) w.reg<u64>(op, 0)[l] = old;
+  }
+  if (op.num_dst) w.set_valid(op.regs[0], mask);
+}
+
+bool decode_mbarrier(Decoder& d, const Instruction& in, Op& op) {
+  for (const auto& m : in.modifiers)
+    if (m == "expect_tx" || m == "complete_tx" || m == "cluster" || m == "shared::cluster" || m == "noComplete")
+      Decoder::fail("mbarrier." + m);
+  const std::string& action = in.modifiers.at(0);
+  const bool parity = in.has("parity");
+  op.strong = true;
+  const auto address = [&](size_t i) {
+    const Reg base = d.address_base(in.operands.at(i), op.wide_address);
+    op.imm = in.operands[i].offset;
+    return base;
+  };
+  if (action == "init") {
+    d.expect_operands(in, 2);
+    d.set(op, {}, {address(0), d.source(in.operands[1], "u32")});
+    op.exec = &on_mbarrier<kInit>;
+    op.strong = false;
+  } else if (action == "inval") {
+    d.expect_operands(in, 1);
+    d.set(op, {}, {address(0)});
+    op.exec = &on_mbarrier<kInvalidate>;
+  } else if (action == "arrive" || action == "arrive_drop") {
+    if (in.operands.size() < 2 || in.operands.size() > 3) return false;
+    std::vector<Reg> src = {address(1)};
+    if (in.operands.size() == 3) src.push_back(d.source(in.operands[2], "u32"));
+    d.set(op, {d.result(in.operands[0], "b64")}, src);
+    op.exec = action == "arrive" ? &on_mbarrier<kArrive> : &on_mbarrier<kArriveDrop>;
+  } else if (action == "test_wait" || action == "try_wait") {
+    if (in.operands.size() < 3 || in.operands.size() > 4) return false;
+    d.set(op, {d.predicate(in.operands[0])}, {address(1), d.source(in.operands[2], parity ? "u32" : "b64")});
+    op.exec = parity ? &on_mbarrier<kTestParity> : &on_mbarrier<kTest>;
+  } else {
+    return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+bool decode_sync(Decoder& d, const Instruction& in, Op& op) {
+  const std::string& o = in.opcode;
+  op.rule = Rule::kOwn;
+  if (o == "cp" && in.has("mbarrier")) {
+    d.expect_operands(in, 1);
+    const Reg base = d.address_base(in.operands[0], op.wide_address);
+    op.imm = in.operands[0].offset;
+    op.strong = true;
+    d.set(op, {}, {base});
+    op.exec = in.has("noinc") ? &on_mbarrier<kCopiesCount> : &on_mbarrier<kCopiesArrive>;
+    return true;
+  }
+  if (o == "mbarrier") return decode_mbarrier(d, in, op);
+  if (o == "bar" || o == "barrier") {
+    if (in.has("warp")) {
+      d.expect_operands(in, 1);
+      d.set(op, {}, {d.source(in.operands[0], "b32")});
+      op.flow = Flow::kMeet;
+      op.meeting = d.meeting("bar.warp.sync");
+      op.exec = [](Warp& w, const Op& p, u32) {
+        w.tick(p);
+        w.converged = w.time();
+      };
+      return true;
+    }
+    op.flow = Flow::kBarrier;
+    op.aligned = o == "bar" || in.has("aligned");
+    if (!op.aligned) op.meeting = d.meeting("barrier");
+    std::vector<Reg> dst, src;
+    size_t first = 0, last = in.operands.size();
+    if (in.has("red")) {
+      const bool popc = in.has("popc");
+      op.votes = true, op.aligned = true, op.meeting = 0;
+      op.imm = popc ? 0 : in.has("and") ? 1 : in.has("or") ? 2 : -1;
+      if (op.imm < 0 || in.operands.size() < 3 || in.operands.size() > 4) return false;
+      dst.push_back(popc ? d.result(in.operands[0], "u32") : d.predicate(in.operands[0]));
+      first = 1, last -= 1;
+    } else if (in.has("arrive")) {
+      op.arrives = true;
+      if (in.operands.size() != 2) return false;
+    } else if (!in.has("sync") || in.operands.empty() || in.operands.size() > 2) {
+      return false;
+    }
+    for (size_t i = first; i < last; ++i) src.push_back(d.source(in.operands[i], "u32"));
+    if (op.votes) {
+      src.push_back(d.predicate(in.operands[last], true));
+      if (in.operands[last].negated) op.imm |= 4;
+    }
+    d.set(op, dst, src);
+    return true;
+  }
+  if (o == "fence" || o == "membar") {
+    for (const auto& m : in.modifiers)
+      if (m == "proxy" || m == "mbarrier_init" || m == "cluster") Decoder::fail("fence." + m);
+    set_order(in, op);
+    if (o == "membar" || op.releases == Scope::kNone)
+      op.releases = op.acquires = in.has("cta") ? Scope::kCta : Scope::kGpu;
+    d.set(op, {}, {});
+    op.exec = [](Warp& w, const Op& p, u32) { w.fence(p); };
+    return true;
+  }
+  if (o == "nanosleep") {
+    d.set(op, {}, {});
+    op.exec = [](Warp&, const Op&, u32) {};
+    op.flow = Flow::kYield;
+    return true;
+  }
+  return false;
+}
+
+}  // namespace gpusim
