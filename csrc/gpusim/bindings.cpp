@@ -70,7 +70,8 @@ py::dict launch(const Program& p, std::array<u32, 3> grid, std::array<u32, 3> bl
     r.host = reinterpret_cast<u8*>(t[2].cast<u64>());
     r.name = t[3].cast<std::string>();
     const auto fresh = t[4].cast<std::vector<std::pair<u64, u64>>>();
-    if (!fresh.empty()) r.valid.assign(r.size, 1);
+    r.output = !fresh.empty();
+    if (r.output) r.valid.assign(r.size, 1);
     for (const auto& [begin, end] : fresh) std::fill(r.valid.begin() + begin, r.valid.begin() + end, 0);
     r.constant = t[5].cast<bool>();
     r.views = t[6].cast<std::vector<std::pair<u64, u64>>>();
@@ -98,7 +99,7 @@ py::dict launch(const Program& p, std::array<u32, 3> grid, std::array<u32, 3> bl
     const Region& r = run.regions[i];
     const std::vector<u8>& touched = run.shadows[i].touched;
     u64 loaded = 0, stored = 0, load_sectors = 0, store_sectors = 0;
-    for (u64 b = 0; b < r.size;) {
+    for (u64 b = 0; b < touched.size();) {
       const u64 end = std::min(r.size, (((r.base + b) / kSector) + 1) * kSector - r.base);
       u8 any = 0;
       for (; b < end; ++b) {

@@ -44,6 +44,7 @@ void finish_vote(Warp& w, const Op& op, const Barrier& b) {
 void find_race(Launch& launch, const Region& r, const Shadow& a, const Shadow& b, const std::vector<u32>& turn_of,
                std::vector<std::pair<u32, Fault>>& found) {
   const auto cta_of = [](u64 who) { return static_cast<u32>(who >> 32) - 1; };
+  if (b.writer.empty()) return;
   for (u64 at = 0; at < a.writer.size(); ++at) {
     const bool both = a.writer[at] && b.writer[at];
     if (!both && !(a.writer[at] && b.reader[at]) && !(b.writer[at] && a.reader[at])) continue;
@@ -514,19 +515,21 @@ std::vector<u32> Launch::order_of_ctas() const {
   return out;
 }
 
-Worker::Worker(Launch& launch) : launch(launch), counters(launch.program.ops.size()) {
-  for (const Region& r : launch.regions) {
-    Shadow s;
-    s.touched.assign(r.size, 0);
-    if (launch.options.races && !r.constant) {
-      s.writer.assign(r.size, 0);
-      s.reader.assign(r.size, 0);
-      s.writer_op.assign(r.size, 0);
-      s.reader_op.assign(r.size, 0);
-      if (launch.options.threads > 1) s.value.assign(r.size, 0);
-    }
-    shadows.push_back(std::move(s));
+Worker::Worker(Launch& launch)
+    : launch(launch), shadows(launch.regions.size()), counters(launch.program.ops.size()) {}
+
+Shadow& Worker::shadow(const Region& r) {
+  Shadow& s = shadows[static_cast<size_t>(&r - launch.regions.data())];
+  if (!s.touched.empty()) return s;
+  s.touched.assign(r.size, 0);
+  if (launch.options.races && !r.constant) {
+    s.writer.assign(r.size, 0);
+    s.reader.assign(r.size, 0);
+    s.writer_op.assign(r.size, 0);
+    s.reader_op.assign(r.size, 0);
+    if (launch.options.threads > 1) s.value.assign(r.size, 0);
   }
+  return s;
 }
 
 // Every step-th CTA from `first` on.
@@ -575,7 +578,6 @@ void Worker::run_resident(const std::vector<u32>& order) {
 void Launch::run() {
   counters.assign(program.ops.size(), {});
   shadows.resize(regions.size());
-  for (size_t i = 0; i < regions.size(); ++i) shadows[i].touched.assign(regions[i].size, 0);
   const std::string unknown = resolve_symbols();
   if (!unknown.empty()) {
     Fault f("unsupported", unknown);
@@ -605,8 +607,14 @@ void Launch::merge(std::vector<std::unique_ptr<Worker>>& workers, const std::vec
     instructions += w->instructions;
     output += w->output;
     for (size_t i = 0; i < w->faults.size(); ++i) found.emplace_back(w->fault_turns[i], w->faults[i]);
-    for (size_t i = 0; i < regions.size(); ++i)
-      for (u64 b = 0; b < regions[i].size; ++b) shadows[i].touched[b] |= w->shadows[i].touched[b];
+    for (size_t i = 0; i < regions.size(); ++i) {
+      std::vector<u8>&all = shadows[i].touched, &own = w->shadows[i].touched;
+      if (all.empty()) {
+        all = own;
+      } else {
+        for (u64 b = 0; b < own.size(); ++b) all[b] |= own[b];
+      }
+    }
   }
   std::vector<u32> turn_of(workers.size() > 1 ? order.size() : 0);
   for (size_t i = 0; i < turn_of.size(); ++i) turn_of[order[i]] = static_cast<u32>(i);
@@ -627,7 +635,7 @@ void Launch::merge(std::vector<std::unique_ptr<Worker>>& workers, const std::vec
 // Fresh outputs must be written completely.
 void Launch::check_outputs() {
   for (const Region& r : regions) {
-    if (r.valid.empty() || !faults.empty()) continue;
+    if (!r.output || !faults.empty()) continue;
     const auto at = std::find(r.valid.begin(), r.valid.end(), 0);
     if (at == r.valid.end()) continue;
     Fault f("uninitialised", "uninitialised output: byte " + std::to_string(at - r.valid.begin()) + " of " + r.name +

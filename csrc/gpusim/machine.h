@@ -210,12 +210,13 @@ struct Region {
   std::string name;
   bool constant = false;
   std::vector<std::pair<u64, u64>> views;  // allowed [begin, end) offsets; empty: all of it
-  std::vector<u8> valid;                   // by byte, of a fresh output; empty: valid from the start
+  std::vector<u8> valid;  // by byte, of memory that nobody has written; empty: valid from the start
+  bool output = false;    // must be written completely
 };
 
 // Who touched each byte of a region last, as far as the CTAs of one host thread are concerned.
 struct Shadow {
-  std::vector<u8> touched;                // 1 loaded, 2 stored
+  std::vector<u8> touched;                // 1 loaded, 2 stored; empty: no byte was touched
   std::vector<u64> writer, reader;        // 1 + CTA, stamp; empty: not followed
   std::vector<u32> writer_op, reader_op;
   std::vector<u8> value;                  // that was written, where several host threads are at work
@@ -265,6 +266,7 @@ struct Worker {
   std::string output;  // of printf
 
   explicit Worker(Launch& launch);
+  Shadow& shadow(const Region& r);
   void run(const std::vector<u32>& order, u32 first, u32 step);
 
  private:

@@ -172,8 +172,8 @@ u64 stamp_in_grid(const Warp& w, int lane) {
 }  // namespace
 
 bool follow_read(Warp& w, const Op& op, int lane, Region& r, u64 offset, u32 bytes) {
-  Launch& launch = w.cta->launch;
-  Shadow& s = w.cta->worker.shadows[static_cast<size_t>(&r - launch.regions.data())];
+  const Launch& launch = w.cta->launch;
+  Shadow& s = w.cta->worker.shadow(r);
   for (u64 b = offset; b < offset + bytes; ++b) s.touched[b] |= 1;
   if (s.writer.empty()) return true;
   const u64 me = stamp_in_grid(w, lane);
@@ -215,8 +215,8 @@ bool follow_read(Warp& w, const Op& op, int lane, Region& r, u64 offset, u32 byt
 }
 
 void follow_write(Warp& w, const Op& op, int lane, Region& r, u64 offset, const u8* data, u32 bytes) {
-  Launch& launch = w.cta->launch;
-  Shadow& s = w.cta->worker.shadows[static_cast<size_t>(&r - launch.regions.data())];
+  const Launch& launch = w.cta->launch;
+  Shadow& s = w.cta->worker.shadow(r);
   for (u64 b = offset; b < offset + bytes; ++b) s.touched[b] |= 2;
   if (!r.valid.empty())
     for (u64 b = offset; b < offset + bytes; ++b) r.valid[b] = 1;

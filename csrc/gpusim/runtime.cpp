@@ -1,0 +1,596 @@
+// A stand-in for the CUDA runtime: what nvcc's host code calls, on the simulator. Linked statically and hidden into a
+// build of its own (compute_80 PTX alone, not compressed, -cudart none), so that a CUDA library which the process has
+// loaded is neither used nor disturbed.
+//
+// Memory       an allocation begins at a multiple of 4 GiB, at the same address for the host: pointers stored in memory
+//              work, and what is beyond its end is nobody's.
+// Streams      everything is done when a call returns. Events take the host's time: that of the simulation.
+// Errors       a fault of a kernel is printed, and the calls after it return cudaErrorLaunchFailure.
+// Environment  EVA02_GPUSIM="seed=1,order=reverse,threads=2,races=strict,uninit=load,numerics=perturb,budget=1000000,
+//              on_error=exit,report=1"; on_error=exit ends the process with status 70 at a fault, report=1 prints what
+//              each launch executed.
+// Source       CUDA runtime API, reference manual 13.0; the layout of fat binaries as nvcc 13.0 writes it.
+#include <cuda_runtime_api.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <sstream>
+#include <utility>
+
+#include "gpusim/machine.h"
+
+namespace gpusim {
+
+namespace {
+
+struct Allocation {
+  u64 base = 0, size = 0;
+  std::string name;
+  bool constant = false, host = false;  // host: somebody else's memory
+  std::vector<u8> valid;                // empty: all of it
+};
+
+struct LoadedModule {
+  std::string text;
+  std::map<std::string, u64> variables;  // name -> address, once they have memory
+  std::unordered_map<std::string, std::unique_ptr<Program>> programs;
+};
+
+struct Kernel {
+  LoadedModule* module;
+  std::string name;
+};
+
+struct Configuration {
+  dim3 grid, block;
+  size_t shared;
+  void* stream;
+};
+
+struct Runtime {
+  std::vector<std::unique_ptr<LoadedModule>> modules;
+  std::unordered_map<const void*, Kernel> kernels;                                // by the host's function
+  std::unordered_map<const void*, std::pair<LoadedModule*, std::string>> variables;  // by the host's shadow
+  std::map<u64, Allocation> memory;
+  std::vector<Configuration> configurations;
+  Options options;
+  u64 perturbation = 0, allocated = 0, launches = 0;
+  u32 next_slot = 1;
+  bool exit_at_fault = false, report = false;
+  cudaError_t last = cudaSuccess, sticky = cudaSuccess;
+  std::string fault;
+  int device = 0;
+
+  Runtime() {
+    options.threads = 1;
+    if (const char* text = getenv("EVA02_GPUSIM")) configure(text);
+  }
+
+  void configure(const std::string& text) {
+    std::istringstream items(text);
+    for (std::string item; std::getline(items, item, ',');) {
+      const size_t at = item.find('=');
+      const std::string key = item.substr(0, at), value = at == std::string::npos ? "" : item.substr(at + 1);
+      const auto number = [&] { return strtoull(value.c_str(), nullptr, 0); };
+      if (key == "seed") {
+        options.seed = number();
+      } else if (key == "order" && (value == "in" || value == "reverse" || value == "random")) {
+        options.order = value;
+      } else if (key == "threads" && number() >= 1 && number() <= 64) {
+        options.threads = static_cast<u32>(number());
+      } else if (key == "races" && (value == "0" || value == "1" || value == "strict")) {
+        options.races = value != "0", options.strict_races = value == "strict";
+      } else if (key == "uninit" && (value == "0" || value == "use" || value == "load")) {
+        options.uninit = value != "0", options.uninit_at_load = value == "load";
+      } else if (key == "numerics" && (value == "exact" || value == "perturb")) {
+        perturbation = value == "perturb" ? 0x9e3779b97f4a7c15ull : 0;
+      } else if (key == "budget") {
+        options.budget = number();
+      } else if (key == "on_error" && (value == "exit" || value == "return")) {
+        exit_at_fault = value == "exit";
+      } else if (key == "report") {
+        report = value != "0";
+      } else {
+        fprintf(stderr, "gpusim: EVA02_GPUSIM: unknown option %s\n", item.c_str());
+        exit(70);
+      }
+    }
+    if (perturbation) perturbation *= options.seed + 1;
+  }
+
+  cudaError_t fail(cudaError_t error) { return last = error; }
+  cudaError_t done() { return sticky == cudaSuccess ? cudaSuccess : fail(sticky); }
+
+  // Memory that the host and the kernels see at the same address.
+  Allocation* allocate(u64 size, const std::string& name, bool written) {
+    for (u32 tries = 0; tries < 64; ++tries) {
+      const u64 base = static_cast<u64>(next_slot++) << kGlobalShift;
+      if (base >> 46) return nullptr;
+      void* at = mmap(reinterpret_cast<void*>(base), std::max<u64>(size, 1), PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE, -1, 0);
+      if (at == MAP_FAILED) continue;
+      Allocation& a = memory[base];
+      a = {.base = base, .size = size, .name = name, .constant = false, .host = false, .valid = {}};
+      if (!written) a.valid.assign(size, 0);
+      allocated += size;
+      return &a;
+    }
+    return nullptr;
+  }
+
+  Allocation* find(const void* pointer, u64 bytes) {
+    const u64 address = reinterpret_cast<u64>(pointer);
+    auto it = memory.upper_bound(address);
+    if (it == memory.begin()) return nullptr;
+    Allocation& a = std::prev(it)->second;
+    return address - a.base <= a.size && bytes <= a.size - (address - a.base) ? &a : nullptr;
+  }
+
+  void written(void* pointer, u64 bytes) {
+    Allocation* a = find(pointer, bytes);
+    if (a == nullptr || a->valid.empty()) return;
+    const auto begin = a->valid.begin() + static_cast<std::ptrdiff_t>(reinterpret_cast<u64>(pointer) - a->base);
+    std::fill(begin, begin + static_cast<std::ptrdiff_t>(bytes), 1);
+  }
+
+  Program* program(const Kernel& kernel) {
+    auto& p = kernel.module->programs[kernel.name];
+    if (p == nullptr) p = std::make_unique<Program>(kernel.module->text, kernel.name, perturbation);
+    return p.get();
+  }
+
+  // A module's variables get their memory when it is first needed.
+  void place_variables(LoadedModule& module) {
+    if (!module.variables.empty()) return;
+    for (const Variable& v : parse(module.text).variables) {
+      if (v.external || (v.space != Variable::kGlobal && v.space != Variable::kConst)) continue;
+      Allocation* a = allocate(std::max<u64>(v.bytes, 1), v.name, true);
+      if (a == nullptr) continue;
+      a->constant = v.space == Variable::kConst;
+      if (!v.initial.empty()) memcpy(reinterpret_cast<void*>(a->base), v.initial.data(), v.initial.size());
+      module.variables[v.name] = a->base;
+    }
+  }
+
+  void tell(const Program& p, const Fault& f, const std::string& kernel) {
+    std::ostringstream text;
+    text << kernel << ": " << f.what();
+    if (const Instruction* in = p.instruction(f.op)) {
+      const std::string where = p.where(f.op);
+      text << (where.empty() ? "" : "\n  at " + where) << "\n  PTX line " << in->line << ": " << in->text << "\n  CTA ("
+           << f.cta[0] << ", " << f.cta[1] << ", " << f.cta[2] << "), thread (" << f.thread[0] << ", " << f.thread[1]
+           << ", " << f.thread[2] << ")";
+    }
+    if (const Instruction* in = p.instruction(f.other_op))
+      text << "\n  and " << p.where(f.other_op) << "\n  PTX line " << in->line << ": " << in->text;
+    fault = text.str();
+    fprintf(stderr, "gpusim: %s\n", fault.c_str());
+    if (exit_at_fault) {
+      fflush(nullptr);
+      _exit(70);
+    }
+    sticky = cudaErrorLaunchFailure;
+  }
+
+  cudaError_t launch(const Kernel& kernel, dim3 grid, dim3 block, void** args, size_t shared) {
+    if (sticky != cudaSuccess) return fail(sticky);
+    const u64 threads = static_cast<u64>(block.x) * block.y * block.z;
+    if (threads == 0 || threads > 1024 || grid.x == 0 || grid.y == 0 || grid.z == 0 || shared > (1u << 20))
+      return fail(cudaErrorInvalidConfiguration);
+    Program* p = nullptr;
+    try {
+      p = program(kernel);
+    } catch (const PtxError& error) {
+      fprintf(stderr, "gpusim: %s: PTX line %d: %s\n", kernel.name.c_str(), error.line, error.what());
+      return fail(sticky = cudaErrorInvalidPtx);
+    }
+    place_variables(*kernel.module);
+    Launch run(*p);
+    run.grid = {grid.x, grid.y, grid.z};
+    run.block = {block.x, block.y, block.z};
+    run.dynamic_shared = shared;
+    run.options = options;
+    run.params.resize(p->param_bytes);
+    for (size_t i = 0; i < p->entry->params.size(); ++i) {
+      const Variable& v = p->entry->params[i];
+      memcpy(run.params.data() + p->param_offsets.at(v.name), args[i], v.bytes);
+    }
+    if (p->grid_barrier) {
+      Allocation* a = allocate(64, "grid barrier", true);
+      if (a == nullptr) return fail(cudaErrorMemoryAllocation);
+      run.grid_barrier = a->base;
+    }
+    std::vector<Allocation*> mapped;
+    for (auto& [base, a] : memory) {
+      Region r;
+      r.base = base, r.size = a.size, r.host = reinterpret_cast<u8*>(base), r.constant = a.constant;
+      r.name = a.name;
+      r.valid = std::move(a.valid);
+      // Two modules may have variables of one name.
+      const auto own = kernel.module->variables.find(a.name);
+      if (own != kernel.module->variables.end() && own->second != base) r.name += " of another module";
+      mapped.push_back(&a);
+      run.regions.push_back(std::move(r));
+    }
+    const auto begin = std::chrono::steady_clock::now();
+    run.run();
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
+    for (size_t i = 0; i < mapped.size(); ++i) {
+      mapped[i]->valid = std::move(run.regions[i].valid);
+      if (std::find(mapped[i]->valid.begin(), mapped[i]->valid.end(), 0) == mapped[i]->valid.end())
+        mapped[i]->valid.clear();
+    }
+    if (p->grid_barrier) release(run.grid_barrier);
+    fwrite(run.output.data(), 1, run.output.size(), stdout);
+    ++launches;
+    if (report)
+      fprintf(stderr, "gpusim: %s <<<(%u, %u, %u), (%u, %u, %u), %zu>>>: %llu warp instructions in %.2f s\n",
+              kernel.name.c_str(), grid.x, grid.y, grid.z, block.x, block.y, block.z, shared,
+              static_cast<unsigned long long>(run.instructions), seconds.count());
+    for (const Fault& f : run.faults) tell(*p, f, kernel.name);
+    return done();
+  }
+
+  bool release(u64 base) {
+    const auto it = memory.find(base);
+    if (it == memory.end()) return false;
+    if (!it->second.host) munmap(reinterpret_cast<void*>(base), std::max<u64>(it->second.size, 1)), allocated -= it->second.size;
+    memory.erase(it);
+    return true;
+  }
+
+  void* symbol(const void* host) {
+    const auto it = variables.find(host);
+    if (it == variables.end()) return nullptr;
+    place_variables(*it->second.first);
+    const auto at = it->second.first->variables.find(it->second.second);
+    return at == it->second.first->variables.end() ? nullptr : reinterpret_cast<void*>(at->second);
+  }
+};
+
+Runtime& runtime() {
+  static Runtime* const one = new Runtime;  // registration runs in constructors, and releases in destructors
+  return *one;
+}
+
+// The PTX of a fat binary: a header of 16 bytes, then entries with a header each (kind 1 is PTX).
+std::string ptx_of(const void* wrapper) {
+  struct Wrapper {
+    u32 magic, version;
+    const u8* data;
+    const void* file;
+  };
+  const auto* w = static_cast<const Wrapper*>(wrapper);
+  if (w->magic != 0x466243b1) return "";
+  const auto read = [](const u8* at, auto& out) { memcpy(&out, at, sizeof(out)); };
+  u32 magic;
+  u16 header;
+  u64 size;
+  read(w->data, magic), read(w->data + 6, header), read(w->data + 8, size);
+  if (magic != 0xba55ed50) return "";
+  for (const u8 *at = w->data + header, *end = at + size; at < end;) {
+    u16 kind;
+    u32 entry_header;
+    u64 bytes;
+    read(at, kind), read(at + 4, entry_header), read(at + 8, bytes);
+    if (kind == 1) {
+      const char* text = reinterpret_cast<const char*>(at + entry_header);
+      const std::string ptx(text, strnlen(text, bytes));
+      if (ptx.find(".version") != std::string::npos) return ptx;
+    }
+    at += entry_header + bytes;
+  }
+  return "";
+}
+
+cudaError_t copy(void* to, const void* from, size_t bytes) {
+  Runtime& r = runtime();
+  // A copy of host memory knows nothing of its bounds; one that begins in device memory stays in it.
+  for (const void* p : {static_cast<const void*>(to), from})
+    if (r.find(p, 0) != nullptr && r.find(p, bytes) == nullptr) {
+      fprintf(stderr, "gpusim: a copy of %zu bytes is out of bounds of %s\n", bytes, r.find(p, 0)->name.c_str());
+      return r.fail(cudaErrorInvalidValue);
+    }
+  memmove(to, from, bytes);
+  r.written(to, bytes);
+  return r.done();
+}
+
+cudaError_t fill(void* to, int value, size_t bytes) {
+  Runtime& r = runtime();
+  if (r.find(to, bytes) == nullptr) return r.fail(cudaErrorInvalidValue);
+  memset(to, value, bytes);
+  r.written(to, bytes);
+  return r.done();
+}
+
+int attribute(cudaDeviceAttr which) {
+  switch (which) {
+    case cudaDevAttrMaxThreadsPerBlock: return 1024;
+    case cudaDevAttrMaxBlockDimX:
+    case cudaDevAttrMaxBlockDimY: return 1024;
+    case cudaDevAttrMaxBlockDimZ: return 64;
+    case cudaDevAttrMaxGridDimX: return 2147483647;
+    case cudaDevAttrMaxGridDimY:
+    case cudaDevAttrMaxGridDimZ: return 65535;
+    case cudaDevAttrMaxSharedMemoryPerBlock: return 49152;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: return 166912;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: return 167936;
+    case cudaDevAttrReservedSharedMemoryPerBlock: return 1024;
+    case cudaDevAttrMaxRegistersPerBlock:
+    case cudaDevAttrMaxRegistersPerMultiprocessor: return 65536;
+    case cudaDevAttrMaxThreadsPerMultiProcessor: return 2048;
+    case cudaDevAttrMaxBlocksPerMultiprocessor: return 32;
+    case cudaDevAttrMultiProcessorCount: return 108;
+    case cudaDevAttrWarpSize: return 32;
+    case cudaDevAttrComputeCapabilityMajor: return 8;
+    case cudaDevAttrComputeCapabilityMinor: return 0;
+    case cudaDevAttrL2CacheSize: return 40 << 20;
+    case cudaDevAttrCooperativeLaunch: return 1;
+    case cudaDevAttrConcurrentKernels: return 1;
+    case cudaDevAttrUnifiedAddressing: return 1;
+    case cudaDevAttrTotalConstantMemory: return 65536;
+    default: return 0;
+  }
+}
+
+const Kernel* kernel_of(const void* function) {
+  const auto it = runtime().kernels.find(function);
+  return it == runtime().kernels.end() ? nullptr : &it->second;
+}
+
+}  // namespace
+
+}  // namespace gpusim
+
+using gpusim::runtime;
+
+extern "C" {
+
+// ---- what nvcc's host code calls
+void** __cudaRegisterFatBinary(void* wrapper) {
+  auto module = std::make_unique<gpusim::LoadedModule>();
+  module->text = gpusim::ptx_of(wrapper);
+  if (module->text.empty())
+    fprintf(stderr, "gpusim: a fat binary without PTX text: build with code=compute_80 and --compress-mode=none\n");
+  runtime().modules.push_back(std::move(module));
+  return reinterpret_cast<void**>(runtime().modules.back().get());
+}
+void __cudaRegisterFatBinaryEnd(void**) {}
+void __cudaUnregisterFatBinary(void**) {}
+char __cudaInitModule(void**) { return 1; }
+void __cudaRegisterFunction(void** handle, const char* host, char*, const char* name, int, uint3*, uint3*, dim3*, dim3*,
+                            int*) {
+  runtime().kernels[host] = {reinterpret_cast<gpusim::LoadedModule*>(handle), name};
+}
+void __cudaRegisterVar(void** handle, char* host, char*, const char* name, int, size_t, int, int) {
+  runtime().variables[host] = {reinterpret_cast<gpusim::LoadedModule*>(handle), name};
+}
+unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, CUstream_st* stream) {
+  runtime().configurations.push_back({grid, block, shared, stream});
+  return 0;
+}
+cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* shared, void* stream) {
+  auto& stack = runtime().configurations;
+  if (stack.empty()) return runtime().fail(cudaErrorMissingConfiguration);
+  const auto c = stack.back();
+  stack.pop_back();
+  *grid = c.grid, *block = c.block, *shared = c.shared, *static_cast<void**>(stream) = c.stream;
+  return cudaSuccess;
+}
+cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* function) {
+  *kernel = reinterpret_cast<cudaKernel_t>(const_cast<void*>(function));
+  return gpusim::kernel_of(function) ? cudaSuccess : runtime().fail(cudaErrorInvalidDeviceFunction);
+}
+cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void** args, size_t shared, cudaStream_t) {
+  const gpusim::Kernel* k = gpusim::kernel_of(function);
+  return k ? runtime().launch(*k, grid, block, args, shared) : runtime().fail(cudaErrorInvalidDeviceFunction);
+}
+cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** args, size_t shared,
+                               cudaStream_t stream) {
+  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, args, shared, stream);
+}
+cudaError_t __cudaLaunchKernel_ptsz(cudaKernel_t kernel, dim3 grid, dim3 block, void** args, size_t shared,
+                                    cudaStream_t stream) {
+  return __cudaLaunchKernel(kernel, grid, block, args, shared, stream);
+}
+cudaError_t cudaLaunchCooperativeKernel(const void* function, dim3 grid, dim3 block, void** args, size_t shared,
+                                        cudaStream_t stream) {
+  return cudaLaunchKernel(function, grid, block, args, shared, stream);
+}
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function, void** args) {
+  for (unsigned i = 0; i < config->numAttrs; ++i)
+    if (config->attrs[i].id == cudaLaunchAttributeClusterDimension) return runtime().fail(cudaErrorNotSupported);
+  return cudaLaunchKernel(function, config->gridDim, config->blockDim, args, config->dynamicSmemBytes, config->stream);
+}
+
+// ---- memory
+cudaError_t cudaMalloc(void** pointer, size_t bytes) {
+  gpusim::Runtime& r = runtime();
+  static int count = 0;
+  *pointer = nullptr;
+  if (bytes == 0) return r.done();
+  gpusim::Allocation* a = r.allocate(bytes, "allocation " + std::to_string(++count), false);
+  if (a == nullptr) return r.fail(cudaErrorMemoryAllocation);
+  *pointer = reinterpret_cast<void*>(a->base);
+  return r.done();
+}
+cudaError_t cudaMallocAsync(void** pointer, size_t bytes, cudaStream_t) { return cudaMalloc(pointer, bytes); }
+cudaError_t cudaMallocManaged(void** pointer, size_t bytes, unsigned) {
+  const cudaError_t e = cudaMalloc(pointer, bytes);
+  if (*pointer) runtime().written(*pointer, bytes);  // the host may write it unseen
+  return e;
+}
+cudaError_t cudaMallocHost(void** pointer, size_t bytes) { return cudaMallocManaged(pointer, bytes, 0); }
+cudaError_t cudaHostAlloc(void** pointer, size_t bytes, unsigned) { return cudaMallocManaged(pointer, bytes, 0); }
+cudaError_t cudaFree(void* pointer) {
+  if (pointer == nullptr || runtime().release(reinterpret_cast<gpusim::u64>(pointer))) return runtime().done();
+  return runtime().fail(cudaErrorInvalidValue);
+}
+cudaError_t cudaFreeAsync(void* pointer, cudaStream_t) { return cudaFree(pointer); }
+cudaError_t cudaFreeHost(void* pointer) { return cudaFree(pointer); }
+cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
+  return gpusim::copy(to, from, bytes);
+}
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
+  return gpusim::copy(to, from, bytes);
+}
+cudaError_t cudaMemset(void* to, int value, size_t bytes) { return gpusim::fill(to, value, bytes); }
+cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) { return gpusim::fill(to, value, bytes); }
+cudaError_t cudaGetSymbolAddress(void** pointer, const void* symbol) {
+  *pointer = runtime().symbol(symbol);
+  return *pointer ? cudaSuccess : runtime().fail(cudaErrorInvalidSymbol);
+}
+cudaError_t cudaMemcpyToSymbol(const void* symbol, const void* from, size_t bytes, size_t offset, cudaMemcpyKind) {
+  void* at = runtime().symbol(symbol);
+  return at ? gpusim::copy(static_cast<char*>(at) + offset, from, bytes) : runtime().fail(cudaErrorInvalidSymbol);
+}
+cudaError_t cudaMemcpyToSymbolAsync(const void* symbol, const void* from, size_t bytes, size_t offset,
+                                    cudaMemcpyKind kind, cudaStream_t) {
+  return cudaMemcpyToSymbol(symbol, from, bytes, offset, kind);
+}
+cudaError_t cudaMemcpyFromSymbol(void* to, const void* symbol, size_t bytes, size_t offset, cudaMemcpyKind) {
+  void* at = runtime().symbol(symbol);
+  return at ? gpusim::copy(to, static_cast<char*>(at) + offset, bytes) : runtime().fail(cudaErrorInvalidSymbol);
+}
+cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
+  *total = size_t{40} << 30, *free = *total - std::min<size_t>(*total, runtime().allocated);
+  return runtime().done();
+}
+cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* out, const void* pointer) {
+  *out = {};
+  out->type = runtime().find(pointer, 1) ? cudaMemoryTypeDevice : cudaMemoryTypeUnregistered;
+  out->devicePointer = out->hostPointer = const_cast<void*>(pointer);
+  return runtime().done();
+}
+
+// ---- streams and events: all is done when a call returns
+cudaError_t cudaStreamCreate(cudaStream_t* stream) {
+  *stream = reinterpret_cast<cudaStream_t>(16);
+  return runtime().done();
+}
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) { return cudaStreamCreate(stream); }
+cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned, int) { return cudaStreamCreate(stream); }
+cudaError_t cudaStreamDestroy(cudaStream_t) { return runtime().done(); }
+cudaError_t cudaStreamSynchronize(cudaStream_t) { return runtime().done(); }
+cudaError_t cudaStreamQuery(cudaStream_t) { return runtime().done(); }
+cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return runtime().done(); }
+cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  *status = cudaStreamCaptureStatusNone;
+  return runtime().done();
+}
+cudaError_t cudaDeviceSynchronize() { return runtime().done(); }
+cudaError_t cudaEventCreate(cudaEvent_t* event) {
+  *event = reinterpret_cast<cudaEvent_t>(new std::chrono::steady_clock::time_point);
+  return runtime().done();
+}
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) { return cudaEventCreate(event); }
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t) {
+  *reinterpret_cast<std::chrono::steady_clock::time_point*>(event) = std::chrono::steady_clock::now();
+  return runtime().done();
+}
+cudaError_t cudaEventSynchronize(cudaEvent_t) { return runtime().done(); }
+cudaError_t cudaEventQuery(cudaEvent_t) { return runtime().done(); }
+cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t begin, cudaEvent_t end) {
+  const auto at = [](cudaEvent_t e) { return *reinterpret_cast<std::chrono::steady_clock::time_point*>(e); };
+  *milliseconds = std::chrono::duration<float, std::milli>(at(end) - at(begin)).count();
+  return runtime().done();
+}
+cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  delete reinterpret_cast<std::chrono::steady_clock::time_point*>(event);
+  return runtime().done();
+}
+
+// ---- devices and functions
+cudaError_t cudaGetDeviceCount(int* count) {
+  *count = 1;
+  return runtime().done();
+}
+cudaError_t cudaGetDevice(int* device) {
+  *device = runtime().device;
+  return runtime().done();
+}
+cudaError_t cudaSetDevice(int device) {
+  return device == 0 ? runtime().done() : runtime().fail(cudaErrorInvalidDevice);
+}
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int device) {
+  if (device != 0) return runtime().fail(cudaErrorInvalidDevice);
+  *value = gpusim::attribute(which);
+  return runtime().done();
+}
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
+  if (device != 0) return runtime().fail(cudaErrorInvalidDevice);
+  *p = {};
+  snprintf(p->name, sizeof(p->name), "PTX simulator");
+  p->major = 8, p->minor = 0, p->warpSize = 32, p->multiProcessorCount = 108;
+  p->totalGlobalMem = size_t{40} << 30;
+  p->sharedMemPerBlock = 49152, p->sharedMemPerBlockOptin = 166912, p->sharedMemPerMultiprocessor = 167936;
+  p->reservedSharedMemPerBlock = 1024;
+  p->regsPerBlock = p->regsPerMultiprocessor = 65536;
+  p->maxThreadsPerBlock = 1024, p->maxThreadsPerMultiProcessor = 2048, p->maxBlocksPerMultiProcessor = 32;
+  p->maxThreadsDim[0] = p->maxThreadsDim[1] = 1024, p->maxThreadsDim[2] = 64;
+  p->maxGridSize[0] = 2147483647, p->maxGridSize[1] = p->maxGridSize[2] = 65535;
+  p->l2CacheSize = 40 << 20, p->totalConstMem = 65536;
+  return runtime().done();
+}
+cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute, int) {
+  return gpusim::kernel_of(function) ? runtime().done() : runtime().fail(cudaErrorInvalidDeviceFunction);
+}
+cudaError_t cudaFuncSetCacheConfig(const void*, cudaFuncCache) { return runtime().done(); }
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* out, const void* function) {
+  const gpusim::Kernel* k = gpusim::kernel_of(function);
+  if (k == nullptr) return runtime().fail(cudaErrorInvalidDeviceFunction);
+  *out = {};
+  out->sharedSizeBytes = runtime().program(*k)->static_shared;
+  out->maxThreadsPerBlock = 1024, out->ptxVersion = out->binaryVersion = 80;
+  out->maxDynamicSharedSizeBytes = 166912;
+  return runtime().done();
+}
+// By threads and shared memory: PTX does not say how many registers a kernel takes.
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* function, int threads,
+                                                          size_t shared) {
+  const gpusim::Kernel* k = gpusim::kernel_of(function);
+  if (k == nullptr || threads < 1 || threads > 1024) return runtime().fail(cudaErrorInvalidValue);
+  const size_t all = (runtime().program(*k)->static_shared + shared + 127) / 128 * 128 + 1024;
+  *blocks = static_cast<int>(std::min<size_t>({32, 2048 / (static_cast<size_t>(threads + 31) / 32 * 32), 167936 / all}));
+  return runtime().done();
+}
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void* function, int threads,
+                                                                   size_t shared, unsigned) {
+  return cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, function, threads, shared);
+}
+cudaError_t cudaRuntimeGetVersion(int* version) {
+  *version = CUDART_VERSION;
+  return cudaSuccess;
+}
+cudaError_t cudaDriverGetVersion(int* version) { return cudaRuntimeGetVersion(version); }
+
+// ---- errors
+cudaError_t cudaGetLastError() {
+  gpusim::Runtime& r = runtime();
+  return std::exchange(r.last, r.sticky);
+}
+cudaError_t cudaPeekAtLastError() { return runtime().last; }
+const char* cudaGetErrorName(cudaError_t error) {
+  switch (error) {
+    case cudaSuccess: return "cudaSuccess";
+    case cudaErrorInvalidValue: return "cudaErrorInvalidValue";
+    case cudaErrorMemoryAllocation: return "cudaErrorMemoryAllocation";
+    case cudaErrorInvalidConfiguration: return "cudaErrorInvalidConfiguration";
+    case cudaErrorInvalidDeviceFunction: return "cudaErrorInvalidDeviceFunction";
+    case cudaErrorInvalidDevice: return "cudaErrorInvalidDevice";
+    case cudaErrorInvalidPtx: return "cudaErrorInvalidPtx";
+    case cudaErrorLaunchFailure: return "cudaErrorLaunchFailure";
+    case cudaErrorNotSupported: return "cudaErrorNotSupported";
+    default: return "cudaError";
+  }
+}
+const char* cudaGetErrorString(cudaError_t error) {
+  if (error == cudaSuccess) return "no error";
+  return error == cudaErrorLaunchFailure && !runtime().fault.empty() ? runtime().fault.c_str() : cudaGetErrorName(error);
+}
+
+}  // extern "C"
