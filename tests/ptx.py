@@ -12,6 +12,7 @@ _PROLOGUE = """\
 .address_size 64
 .extern .shared .align 16 .b8 smem[];
 .const .align 4 .b32 table[2] = {11, 22};
+$module
 .visible .entry kernel(.param .u64 a, .param .u64 b, .param .u32 n)
 {
 .reg .pred %p<8>;
@@ -35,13 +36,13 @@ xor.b32 %r6, %r4, 128;
 """
 
 
-def source(body: str) -> str:
-    """A module whose kernel has a, b (tensors) and n, with in registers
+def source(body: str, module: str = "") -> str:
+    """A module (with functions and variables of its own) whose kernel has a, b (tensors) and n, with in registers
 
     d1, d2: a, b; r9: n; r1: thread, r5: CTA; d4, d5: the thread's 4 bytes of a, b; r4: the thread's 4 bytes of shared
     memory, r6: those of the same lane of the other of two warps.
     """
-    return _PROLOGUE + body + "\nret;\n}\n"
+    return _PROLOGUE.replace("$module\n", module and module + "\n") + body + "\nret;\n}\n"
 
 
 def marked_line(text: str) -> int | None:
@@ -50,10 +51,11 @@ def marked_line(text: str) -> int | None:
 
 
 def run(
-    body: str, a: torch.Tensor, b: torch.Tensor, n: int = 0, *, threads: int = 64, ctas: int = 1, shared: int = 1024
-):
+    body: str, a: torch.Tensor, b: torch.Tensor, n: int = 0, *, threads: int = 64, ctas: int = 1, shared: int = 1024,
+    module: str = "",
+):  # fmt: skip
     return gpusim.run_ptx(
-        source(body), "kernel", grid=(ctas, 1, 1), block=(threads, 1, 1), args=[a, b, n], shared_bytes=shared
+        source(body, module), "kernel", grid=(ctas, 1, 1), block=(threads, 1, 1), args=[a, b, n], shared_bytes=shared
     )
 
 

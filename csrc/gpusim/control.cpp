@@ -137,7 +137,8 @@ void Warp::enter(const Op& op, u32 mask, int index) {
         frame.saved.push_back(partial[r.id] ? valid[r.id][static_cast<size_t>(l)] : 0xff);
       }
     }
-    const u64 base = (s.top + 15ull) / 16 * 16, top = base + code.frame_bytes;
+    // A frame takes 16 bytes at least, as a return address does on a GPU.
+    const u64 base = (s.top + 31ull) / 16 * 16, top = base + code.frame_bytes;
     if (top > kMaxStack)
       raise(op, l, "out of bounds", "out of bounds: the stack of a thread, " + std::to_string(top) + " bytes of local "
                                     "memory in " + std::to_string(s.frames.size() + 1) + " calls");
@@ -279,7 +280,7 @@ void Warp::print(const Op& op, int lane) {
 // __assertfail(message, file, line, function, bytes of a character)
 void Warp::fail_assertion(const Op& op, int lane) {
   raise(op, lane, "trap",
-        "assertion failed: " + text_at(*this, lane, argument(*this, op, lane, 0)) + ", " +
+        "trap: assertion failed: " + text_at(*this, lane, argument(*this, op, lane, 0)) + ", " +
             text_at(*this, lane, argument(*this, op, lane, 1)) + ":" +
             std::to_string(static_cast<u32>(argument(*this, op, lane, 2))) + ", " +
             text_at(*this, lane, argument(*this, op, lane, 3)));
@@ -384,8 +385,10 @@ void Warp::arrive(const Op& op, u32 mask) {
   const int lane = std::countr_zero(mask);
   const u32 id = reg<u32>(op, op.num_dst)[lane];
   if (id >= cta->barriers.size()) raise(op, lane, "barrier", "barrier " + std::to_string(id) + " does not exist");
-  tick(op);
-  clock[static_cast<size_t>(index)] -= 1;  // the barrier's release moves it on
+  if (time() >= kMaxTime) raise(op, 0, "unsupported", "unsupported: more than a million barriers and releases");
+  // A barrier behind a strong read is taken for an acquire: CUTLASS's locks have no fence there.
+  learn(seen);
+  seen = nullptr;
   Barrier& b = cta->barriers[id];
   const bool counts = op.num_src - (op.votes ? 1 : 0) > 1;
   const u32 expected = counts ? reg<u32>(op, op.num_dst + 1)[lane] : 0;
@@ -410,7 +413,7 @@ void Warp::arrive(const Op& op, u32 mask) {
     b.clock.resize(cta->warps.size());
     for (size_t i = 0; i < b.clock.size(); ++i) b.clock[i] = std::max(b.clock[i], clock[i]);
     b.foreign = join(b.foreign, foreign);
-    clock[static_cast<size_t>(index)] += 1;
+    b.clock[static_cast<size_t>(index)] = clock[static_cast<size_t>(index)] += 1;
   } else {
     b.waiting |= 1ull << index;
     barrier = static_cast<int>(id);

@@ -11,7 +11,7 @@ namespace {
 
 constexpr u8 kWhole = 0xff;
 // Instructions before another warp has its turn, and before another CTA may: a spinning warp must not starve one.
-constexpr u64 kQuantum = 100'000, kShortQuantum = 2'000;
+constexpr u64 kQuantum = 4'000, kShortQuantum = 1'000;
 
 constexpr u32 kMultiprocessors = 108;
 constexpr u32 kStackBegin = 16;  // no variable has address 0
@@ -565,7 +565,7 @@ void Worker::run_resident(const std::vector<u32>& order) {
     if (at >= resident.size()) at = 0;
     turn = resident[at]->turn;
     bool done = false;
-    for (int i = 0; i < 16 && !done; ++i) done = resident[at]->run(kShortQuantum);
+    for (int i = 0; i < 8 && !done; ++i) done = resident[at]->run(kShortQuantum);
     if (done) {
       idle.push_back(std::move(resident[at]));
       resident.erase(resident.begin() + static_cast<std::ptrdiff_t>(at));

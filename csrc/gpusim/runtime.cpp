@@ -7,8 +7,8 @@
 // Streams      everything is done when a call returns. Events take the host's time: that of the simulation.
 // Errors       a fault of a kernel is printed, and the calls after it return cudaErrorLaunchFailure.
 // Environment  EVA02_GPUSIM="seed=1,order=reverse,threads=2,races=strict,uninit=load,numerics=perturb,budget=1000000,
-//              on_error=exit,report=1"; on_error=exit ends the process with status 70 at a fault, report=1 prints what
-//              each launch executed.
+//              on_error=exit,report=1,capability=70"; on_error=exit ends the process with status 70 at a fault, report=1
+//              prints what each launch executed, capability is what programs are told that the device has.
 // Source       CUDA runtime API, reference manual 13.0; the layout of fat binaries as nvcc 13.0 writes it.
 #include <cuda_runtime_api.h>
 #include <sys/mman.h>
@@ -62,7 +62,7 @@ struct Runtime {
   bool exit_at_fault = false, report = false;
   cudaError_t last = cudaSuccess, sticky = cudaSuccess;
   std::string fault;
-  int device = 0;
+  int device = 0, capability = 80;  // what programs are told; their PTX is that of compute_80
 
   Runtime() {
     options.threads = 1;
@@ -89,6 +89,8 @@ struct Runtime {
         perturbation = value == "perturb" ? 0x9e3779b97f4a7c15ull : 0;
       } else if (key == "budget") {
         options.budget = number();
+      } else if (key == "capability" && number() >= 50 && number() < 130) {
+        capability = static_cast<int>(number());
       } else if (key == "on_error" && (value == "exit" || value == "return")) {
         exit_at_fault = value == "exit";
       } else if (key == "report") {
@@ -326,8 +328,8 @@ int attribute(cudaDeviceAttr which) {
     case cudaDevAttrMaxBlocksPerMultiprocessor: return 32;
     case cudaDevAttrMultiProcessorCount: return 108;
     case cudaDevAttrWarpSize: return 32;
-    case cudaDevAttrComputeCapabilityMajor: return 8;
-    case cudaDevAttrComputeCapabilityMinor: return 0;
+    case cudaDevAttrComputeCapabilityMajor: return runtime().capability / 10;
+    case cudaDevAttrComputeCapabilityMinor: return runtime().capability % 10;
     case cudaDevAttrL2CacheSize: return 40 << 20;
     case cudaDevAttrCooperativeLaunch: return 1;
     case cudaDevAttrConcurrentKernels: return 1;
@@ -525,7 +527,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
   if (device != 0) return runtime().fail(cudaErrorInvalidDevice);
   *p = {};
   snprintf(p->name, sizeof(p->name), "PTX simulator");
-  p->major = 8, p->minor = 0, p->warpSize = 32, p->multiProcessorCount = 108;
+  p->major = runtime().capability / 10, p->minor = runtime().capability % 10, p->warpSize = 32, p->multiProcessorCount = 108;
   p->totalGlobalMem = size_t{40} << 30;
   p->sharedMemPerBlock = 49152, p->sharedMemPerBlockOptin = 166912, p->sharedMemPerMultiprocessor = 167936;
   p->reservedSharedMemPerBlock = 1024;
