@@ -4,7 +4,7 @@ PYTHON := $(VENV)/bin/python
 DIST := dist
 SOURCES := $(filter-out csrc/gpusim/%,$(wildcard csrc/*/*)) csrc/exports.map CMakeLists.txt setup.py
 
-.PHONY: install gpusim test test-full test-gpu demo lint bench wheel wheel-files
+.PHONY: install gpusim test test-full test-sanitizers test-gpu demo lint bench wheel wheel-files
 install: $(VENV)/.built
 
 $(PYTHON):
@@ -58,8 +58,20 @@ test-full: install gpusim
 	$(call part,tests,$(PYTHON) -m pytest -q -m "not gpu and not wheel" --ignore=tests/test_interpreter.py tests)
 	$(call part,interpreter,$(INTERPRETED) tests/test_contract.py tests/test_interpreter.py)
 	$(call part,simulator,$(SIMULATED) tests/test_contract.py)
+	$(call part,perturbed,$(SIMULATED) --numerics perturb $(SIMULATED_TESTS))
+	$(call part,sanitizers,$(MAKE) test-sanitizers)
 	$(call part,wheel,$(PYTHON) -m pytest -q -m wheel tests/test_wheel.py)
 	@cat $(TIMES)
+
+# The simulator's core with AddressSanitizer and UndefinedBehaviorSanitizer, under its own tests.
+SANITIZED := build/gpusim-sanitized
+test-sanitizers: gpusim
+	$(VENV)/bin/cmake -S csrc/gpusim -B $(SANITIZED) -G Ninja -DEVA02_SANITIZE=ON -DEVA02_OUTPUT=$(abspath $(SANITIZED)) \
+	  -DPython3_EXECUTABLE=$(abspath $(PYTHON)) -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV)/bin/ninja) > /dev/null
+	$(VENV)/bin/ninja -C $(SANITIZED) _core
+	env LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  EVA02_GPUSIM_CORE=$(SANITIZED) $(PYTHON) -m pytest -q -p no:faulthandler tests/test_gpusim.py \
+	  tests/test_gpusim_faults.py tests/test_gpusim_instructions.py tests/test_gpusim_fuzz.py
 
 # On a machine with a GPU: the same contract suite and what only a GPU can show, then the benchmarks, whose JSON is to be
 # committed.

@@ -68,6 +68,7 @@ class Sample:
     id: str
     make: Callable[[torch.dtype, torch.Generator], tuple[tuple[Any, ...], dict[str, Any]]]
     smoke: bool = False
+    full: bool = False  # of EVA-02's own size: for `make test-full` alone
 
 
 @dataclass(frozen=True)

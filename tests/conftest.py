@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from eva02_kernels import _native
-from eva02_kernels.testing import executing
+from eva02_kernels.testing import executing, gpusim
 
 
 def pytest_addoption(parser):
@@ -16,6 +16,8 @@ def pytest_addoption(parser):
         default="cpu",
         help="where its tensors are; triton on cpu: interpreted with TRITON_INTERPRET=1, else simulated",
     )
+    parser.addoption("--numerics", default="exact", choices=["exact", "perturb"], help="of the simulator")
+    parser.addoption("--seed", type=int, default=0, help="of the simulator's orders and perturbations")
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +33,12 @@ def backend(request, device):
     if name != "triton" or device != "cpu":
         yield name
         return
-    with executing("interpreter" if os.environ.get("TRITON_INTERPRET") == "1" else "simulator"):
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        with executing("interpreter"):
+            yield name
+        return
+    numerics, seed = request.config.getoption("--numerics"), request.config.getoption("--seed")
+    with executing("simulator"), gpusim.options(numerics=numerics, seed=seed):
         yield name
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from eva02_kernels.testing import gpusim
+from eva02_kernels.testing.gpusim.launch import core
 
 _PROLOGUE = """\
 .version 8.7
@@ -34,6 +36,14 @@ shl.b32 %r3, %r1, 2;
 add.u32 %r4, %r2, %r3;
 xor.b32 %r6, %r4, 128;
 """
+
+
+def needs_core() -> None:
+    """Skip the module that calls this where the simulator is not built."""
+    try:
+        core()
+    except ImportError as error:
+        pytest.skip(str(error), allow_module_level=True)
 
 
 def source(body: str, module: str = "") -> str:

@@ -13,8 +13,8 @@ LARGE = ("S257", "L", "B", "Ti", "mim", "F2730")  # left out of the slower walks
 
 def samples(*, smoke: bool = False, large: bool = True) -> list:
     return [
-        pytest.param(op, sample, id=f"{op}-{sample.id}")
+        pytest.param(op, sample, id=f"{op}-{sample.id}", marks=[pytest.mark.full] if sample.full else [])
         for op in OP_NAMES
         for sample in get_spec(op).samples()
-        if (sample.smoke or not smoke) and (large or sample.id not in LARGE)
+        if (sample.smoke or not smoke) and (large or not (sample.full or sample.id in LARGE))
     ]

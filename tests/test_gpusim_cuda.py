@@ -37,7 +37,11 @@ def call(library: Path, name: str, options: str = "") -> subprocess.CompletedPro
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in FAULTS])
 def test_a_program_is_right_and_clean_in_every_order(programs, name):
     outputs = set()
-    for options in ("on_error=exit", "on_error=exit,order=reverse,seed=1", "on_error=exit,order=random,seed=2,threads=2"):
+    for options in (
+        "on_error=exit",
+        "on_error=exit,order=reverse,seed=1",
+        "on_error=exit,order=random,seed=2,threads=2",
+    ):
         done = call(programs, name, options)
         assert done.returncode == 0, f"{options}\n{done.stderr}"
         outputs.add(done.stdout)
@@ -64,7 +68,9 @@ def test_it_works_beside_a_cuda_torch(programs):
 
 
 def test_nothing_of_the_runtime_is_visible(programs):
-    symbols = subprocess.run(["nm", "-D", "--defined-only", programs], capture_output=True, text=True, check=True).stdout
+    symbols = subprocess.run(
+        ["nm", "-D", "--defined-only", programs], capture_output=True, text=True, check=True
+    ).stdout
     assert " run" in symbols
     assert not re.search(r"cuda(Malloc|LaunchKernel|GetLastError)|gpusim", symbols)
 
@@ -157,9 +163,6 @@ def test_no_instruction_of_an_example_is_unsupported(example, tmp_path):
 
     output = tmp_path / "example.ptx"
     source = cutlass() / "examples" / f"{example}.cu"
-    subprocess.run(
-        ["nvcc", "-arch=compute_80", "-ptx", "-std=c++17", "--expt-relaxed-constexpr", "-w", *include_flags(example)]
-        + [source, "-o", output],
-        check=True,
-    )
+    flags = ["-arch=compute_80", "-ptx", "-std=c++17", "--expt-relaxed-constexpr", "-w", *include_flags(example)]
+    subprocess.run(["nvcc", *flags, source, "-o", output], check=True)
     assert gpusim.check(output.read_text()) == []

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ptx import marked_line, run, source
+from ptx import marked_line, needs_core, run, source
 
 from eva02_kernels.testing import gpusim
 
-pytest.importorskip("eva02_kernels.testing.gpusim._core", reason="run `make gpusim`")
+needs_core()
 
 # A function that adds one, twice: through a variable of its own and through a call of itself.
 FUNCTIONS = """\
@@ -378,26 +378,36 @@ FAULTS: dict[str, tuple] = {
     ),
     "flag of a plain store": (
         "race",
-        handover("st.global.b32 [%d2+192], 1;", "ld.acquire.gpu.global.b32 %r7, [%d2+192]; // <-").replace("[%d2+128]; // <-", "[%d2+128];"),
+        handover("st.global.b32 [%d2+192], 1;", "ld.acquire.gpu.global.b32 %r7, [%d2+192]; // <-").replace(
+            "[%d2+128]; // <-", "[%d2+128];"
+        ),
         handover("st.release.gpu.global.b32 [%d2+192], 1;", "ld.acquire.gpu.global.b32 %r7, [%d2+192];"),
         {"ctas": 2, "threads": 1},
     ),
     "flag without a release": (
         "race",
         handover("st.relaxed.gpu.global.b32 [%d2+192], 1;", "ld.acquire.gpu.global.b32 %r7, [%d2+192];"),
-        handover("fence.acq_rel.gpu;\nst.relaxed.gpu.global.b32 [%d2+192], 1;", "ld.acquire.gpu.global.b32 %r7, [%d2+192];"),
+        handover(
+            "fence.acq_rel.gpu;\nst.relaxed.gpu.global.b32 [%d2+192], 1;", "ld.acquire.gpu.global.b32 %r7, [%d2+192];"
+        ),
         {"ctas": 2, "threads": 1},
     ),
     "flag without an acquire": (
         "race",
         handover("st.release.gpu.global.b32 [%d2+192], 1;", "ld.relaxed.gpu.global.b32 %r7, [%d2+192];"),
-        handover("membar.gl;\nst.volatile.global.b32 [%d2+192], 1;", "ld.volatile.global.b32 %r7, [%d2+192];", "membar.gl;\n"),
+        handover(
+            "membar.gl;\nst.volatile.global.b32 [%d2+192], 1;", "ld.volatile.global.b32 %r7, [%d2+192];", "membar.gl;\n"
+        ),
         {"ctas": 2, "threads": 1},
     ),
     "fence of too narrow a scope": (
         "race",
-        handover("fence.acq_rel.cta;\nst.relaxed.gpu.global.b32 [%d2+192], 1;", "ld.acquire.gpu.global.b32 %r7, [%d2+192];"),
-        handover("atom.global.acq_rel.gpu.add.u32 %r7, [%d2+192], 1;", "atom.global.acq_rel.gpu.add.u32 %r7, [%d2+192], 0;"),
+        handover(
+            "fence.acq_rel.cta;\nst.relaxed.gpu.global.b32 [%d2+192], 1;", "ld.acquire.gpu.global.b32 %r7, [%d2+192];"
+        ),
+        handover(
+            "atom.global.acq_rel.gpu.add.u32 %r7, [%d2+192], 1;", "atom.global.acq_rel.gpu.add.u32 %r7, [%d2+192], 0;"
+        ),
         {"ctas": 2, "threads": 1},
     ),
     "dropped release in split-K": (

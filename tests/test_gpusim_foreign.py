@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from ptx import needs_core
 
 from eva02_kernels.testing import gpusim
 
-pytest.importorskip("eva02_kernels.testing.gpusim._core", reason="run `make gpusim`")
+needs_core()
 ops = pytest.importorskip("liger_kernel.ops")
 
 

@@ -8,11 +8,11 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from ptx import apply, run
+from ptx import apply, needs_core, run
 
 from eva02_kernels.testing import gpusim
 
-pytest.importorskip("eva02_kernels.testing.gpusim._core", reason="run `make gpusim`")
+needs_core()
 
 _SPECIAL = [0.0, -0.0, math.inf, -math.inf, math.nan, 1.0, -1.0, 0.5, 1.5, 2.5, -2.5, 3.4e38, -3.4e38, 1e-45, -1e-45,
             1.1754942e-38, 1.17549435e-38, 65504.0, 65520.0, 2**31, -(2.0**31), 2.0**32, 2.0**63, 1e10, -1e10, 0.1]  # fmt: skip

@@ -515,12 +515,15 @@ void Decoder::function() {
           else
             branches.emplace_back(static_cast<u32>(p_.ops.size()), block_of(labels(in)[0]));
         }
-      } catch (const PtxError& error) {
-        p_.unsupported.push_back({in.line, in.text, error.what()});
+      } catch (const std::exception& error) {
+        // An operand or a modifier that is not there is one more thing that cannot be decoded.
+        const bool missing = dynamic_cast<const std::out_of_range*>(&error) != nullptr;
+        p_.unsupported.push_back({in.line, in.text, missing ? "operands or modifiers are missing" : error.what()});
         op.exec = [](Warp& w, const Op& o, u32 mask) {
           w.raise(o, std::countr_zero(mask), "unsupported", "unsupported instruction reached");
         };
         op.flow = Flow::kNext;
+        op.meeting = 0;
         set(op, {}, {});
       }
       emit(op);

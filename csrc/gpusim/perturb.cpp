@@ -1,6 +1,7 @@
 // numerics="perturb": what a GPU may do otherwise than PTX's text says, or may round otherwise: approximate functions
 // move within PTX's stated error, and unrounded products are fused with the sums that take them (ptxas does).
 // Source of the errors: PTX ISA 8.8, section 9.7.3, the tables of each approximate function.
+#include <algorithm>
 #include <cmath>
 #include <map>
 #include <set>
@@ -11,16 +12,16 @@ namespace gpusim {
 
 namespace {
 
-// Largest error of the float32 functions: relative, in units of the last place, and absolute.
+// Largest error of the float32 functions against the exact value: relative, absolute, in units of the last place.
 struct Error {
-  double ulps, absolute;
+  double relative, absolute, ulps;
 };
 
 const Error* error_of(const Instruction& in) {
   static const std::map<std::string, Error> errors = {
-      {"ex2", {2, 0}},           {"rcp", {1, 0}},           {"rsqrt", {3, 0}}, {"sqrt", {2, 0}},
-      {"lg2", {0, 0x1p-22}},     {"sin", {0, 0x1p-21}},     {"cos", {0, 0x1p-21}},
-      {"tanh", {0x1p13, 0}},     {"div", {2, 0}}};
+      {"ex2", {0x1p-22, 0, 0}},        {"rcp", {0x1p-23, 0, 0}},  {"rsqrt", {0x1.12p-23, 0, 0}},  // 2^-22.9
+      {"sqrt", {0x1p-23, 0, 0}},       {"lg2", {0, 0x1p-22, 0}},  {"sin", {0, 0x1p-21, 0}},
+      {"cos", {0, 0x1p-21, 0}},        {"tanh", {0x1p-11, 0, 0}}, {"div", {0, 0, 2}}};
   const bool approximate = in.has("approx") || (in.opcode == "div" && in.has("full"));
   const auto it = errors.find(in.opcode);
   return approximate && in.last() == "f32" && it != errors.end() ? &it->second : nullptr;
@@ -42,7 +43,9 @@ void approximate(Warp& w, const Op& op, u32 mask) {
     const u64 dice = mix(p.perturbation ^ static_cast<u64>(op.index) << 32 ^ bits_as<u32>(d[l]));
     const double part = static_cast<double>(static_cast<i64>(dice)) * 0x1p-63;  // in [-1, 1)
     const double ulp = std::ldexp(1.0, std::ilogb(d[l]) - 23);
-    const float moved = static_cast<float>(d[l] + part * (error.ulps * ulp + error.absolute));
+    const double most = error.relative * std::fabs(d[l]) + error.absolute + error.ulps * ulp;
+    // Half a unit is spent by the rounding of what is moved here, which is the exact value's nearest.
+    const float moved = static_cast<float>(d[l] + part * std::max(most - ulp / 2, 0.0));
     if (std::isfinite(moved) && (moved < 0) == (d[l] < 0)) d[l] = moved;
   }
 }

@@ -32,6 +32,12 @@ def row_offsets(rows, stride):
 
 
 @triton.jit
+def over(sums, N: tl.constexpr):
+    """Sums of rows divided by their length; rounded, not approximated: an error here is one of the whole row."""
+    return tl.div_rn(sums, tl.full(sums.shape, N, tl.float32))
+
+
+@triton.jit
 def mean_and_rstd(x, keep, N: tl.constexpr, eps, RMS: tl.constexpr):
     """Statistics of the rows of a float32 tile whose columns beyond N hold anything; mean 0 for RMS."""
     x = tl.where(keep, x, 0.0)
@@ -39,27 +45,31 @@ def mean_and_rstd(x, keep, N: tl.constexpr, eps, RMS: tl.constexpr):
         mean = tl.zeros([x.shape[0]], tl.float32)
         centred = x
     else:
-        mean = tl.sum(x, 1) / N
+        mean = over(tl.sum(x, 1), N)
         centred = tl.where(keep, x - mean[:, None], 0.0)
-    variance = tl.sum(centred * centred, 1) / N
-    return mean, 1.0 / tl.sqrt(variance + tl.cast(eps, tl.float32))
+    variance = over(tl.sum(centred * centred, 1), N)
+    return mean, tl.div_rn(1.0, tl.sqrt_rn(variance + tl.cast(eps, tl.float32)))
 
 
 @triton.jit
 def norm_input_gradient(dnormed, normed, rstd, keep, N: tl.constexpr, RMS: tl.constexpr):
     """Gradient of a normalisation's input; ``dnormed`` is that of its output before weight and bias."""
     dnormed = tl.where(keep, dnormed, 0.0)
-    along = tl.sum(dnormed * tl.where(keep, normed, 0.0), 1) / N
+    along = over(tl.sum(dnormed * tl.where(keep, normed, 0.0), 1), N)
     d = dnormed - normed * along[:, None]
     if not RMS:
-        d -= (tl.sum(dnormed, 1) / N)[:, None]
+        d -= over(tl.sum(dnormed, 1), N)[:, None]
     return d * rstd[:, None]
 
 
 @triton.jit
 def silu_and_slope(gate):
     """silu(gate) and its derivative, float32."""
-    sigmoid = 1.0 / (1.0 + tl.exp(-gate))
+    # A GPU's quotient is 2 units in the last place off, and a step of Newton's makes it less than one. The limit keeps
+    # the step finite: it changes sigmoids under 1.2e-38.
+    below = 1.0 + tl.minimum(tl.exp(-gate), 8.5e37)
+    sigmoid = 1.0 / below
+    sigmoid = tl.fma(sigmoid, tl.fma(-below, sigmoid, 1.0), sigmoid)
     silu = gate * sigmoid
     return silu, sigmoid + silu * (1.0 - sigmoid)
 

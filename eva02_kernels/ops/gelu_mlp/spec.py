@@ -150,6 +150,7 @@ def _samples() -> list[Sample]:
         Sample("rows", make(70, width=8, hidden=12, pre_norm=False)),
         Sample("empty", make(0, 5, width=16, hidden=24)),
         Sample("Ti", make(1, 197, width=192, hidden=768)),
+        Sample("block_B", make(1, 197, width=768, hidden=3072), full=True),
     ]
 
 

@@ -102,6 +102,7 @@ def _samples() -> list[Sample]:
         Sample("deep", make(3, 1030, n=6, scale=True)),
         Sample("empty", make(0, 4, 32, n=48)),
         Sample("Ti", make(1, 257, 192, n=192, residual=True)),
+        Sample("block_L", make(1, 257, 1024, n=1024, residual=True), full=True),
     ]
 
 

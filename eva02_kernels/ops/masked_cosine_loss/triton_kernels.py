@@ -40,7 +40,7 @@ def _target_rows(idx_ptr, rows, M, T):
 def _inverse(norm):
     """1 / norm, exactly CLAMPED for norms under EPS; a NaN stays one."""
     small = norm < EPS
-    return tl.where(small, CLAMPED, 1.0 / tl.where(small, 1.0, norm))
+    return tl.where(small, CLAMPED, tl.div_rn(1.0, tl.where(small, 1.0, norm)))
 
 
 @triton.jit(do_not_specialize=["M", "T"])
@@ -62,8 +62,9 @@ def _cosine_kernel(
         pp += p * p
         tt += t * t
         pt += p * t
-    p_norm = tl.sqrt(tl.sum(pp, 1))
-    t_norm = tl.sqrt(tl.sum(tt, 1))
+    # Rounded, not approximated: their error is that of the whole row.
+    p_norm = tl.sqrt_rn(tl.sum(pp, 1))
+    t_norm = tl.sqrt_rn(tl.sum(tt, 1))
     p_inv = _inverse(p_norm)
     t_inv = _inverse(t_norm)
     cosine = tl.sum(pt, 1) * p_inv * t_inv

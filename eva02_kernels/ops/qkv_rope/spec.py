@@ -203,6 +203,8 @@ def _samples() -> list[Sample]:
         Sample("grids", make(48, shape=(2, 3, 16), grid=(3, 4), grids=((3, 4), (4, 3)), swap=True)),
         Sample("empty", make(48, shape=(0, 3, 16), grid=(3, 3))),
         Sample("Ti", make(192, shape=(1, 3, 64), grid=(16, 16))),
+        Sample("block_B", make(768, shape=(1, 12, 64), grid=(16, 16)), full=True),
+        Sample("block_L", make(1024, split=True, shape=(1, 16, 64), grid=(16, 16)), full=True),
     ]
 
 

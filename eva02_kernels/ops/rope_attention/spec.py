@@ -237,6 +237,8 @@ def attention_cases() -> dict[str, dict[str, Any]]:
         "D128": {"shape": (1, 2, 128), "grid": (6, 6)},
         "empty": {"shape": (0, 2, 16), "grid": (2, 2)},
         "S257": {"shape": (1, 2, 64), "grid": (16, 16)},
+        "block_L": {"shape": (1, 16, 64), "grid": (16, 16)},
+        "S1025": {"shape": (1, 2, 64), "grid": (32, 32)},
     }
 
 
@@ -244,7 +246,10 @@ def _samples() -> list[Sample]:
     def make(case: dict[str, Any]) -> Any:
         return lambda dtype, generator: attention_inputs(dtype, generator, **case)
 
-    return [Sample(name, make(case), smoke=name in ("keep", "gqa")) for name, case in attention_cases().items()]
+    return [
+        Sample(name, make(case), smoke=name in ("keep", "gqa"), full=name in ("block_L", "S1025"))
+        for name, case in attention_cases().items()
+    ]
 
 
 def _magnitude(name: str, q: Tensor, k: Tensor, v: Tensor, rope: Any = None, **kwargs: Any) -> float:

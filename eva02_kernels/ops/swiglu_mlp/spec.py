@@ -215,6 +215,8 @@ def _samples() -> list[Sample]:
         Sample("empty", make(0, 5, width=16, hidden=24)),
         Sample("F2730", make(1, 29, width=64, hidden=2730)),
         Sample("Ti", make(1, 257, width=192, hidden=512, packed=True, norm=False)),
+        Sample("block_B", make(1, 257, width=768, hidden=2048), full=True),
+        Sample("block_L", make(1, 257, width=1024, hidden=2730), full=True),
     ]
 
 
