@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inductor
 import pytest
 import torch
 import torch.nn.functional as F
@@ -108,3 +109,37 @@ def test_rope():
         (0,),
         reference,
     )
+
+
+# ---- what torch.compile writes for a GPU
+def _rows(*shape, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+_COMPILED = {
+    "layer norm and gate": (
+        lambda x, w, b: torch.nn.functional.layer_norm(x, (x.shape[-1],), w, b).sigmoid() * x,
+        [_rows(16, 200), _rows(200), _rows(200)],
+    ),
+    "gated activation in bfloat16": (
+        lambda gate, up: torch.nn.functional.silu(gate) * up,
+        [_rows(10, 200, dtype=torch.bfloat16), _rows(10, 200, dtype=torch.bfloat16).flip(0)],
+    ),
+    "softmax of long rows": (lambda x: torch.softmax(x, -1), [_rows(3, 3000)]),
+    "sums of columns": (lambda x: x.square().sum(0), [_rows(300, 40)]),
+    "running sums": (lambda x: x.cumsum(-1), [_rows(5, 130)]),
+    "sums by index": (
+        lambda x, i: x.new_zeros(7, 16).index_add(0, i, x),
+        [_rows(50, 16), torch.arange(50) % 7],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", _COMPILED)
+def test_a_program_of_inductors(name, tmp_path):
+    function, inputs = _COMPILED[name]
+    (out,), kernels = inductor.run(function, inputs, tmp_path)
+    assert kernels >= 1
+    expected = function(*(t.double() if t.is_floating_point() else t for t in inputs))
+    tolerance = 2e-2 if out.dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)

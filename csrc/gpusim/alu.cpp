@@ -685,8 +685,10 @@ Exec conversion(const Instruction& in, const std::string& to, const std::string&
     }
   }
   if (to == "f32" && from == "f32") {
-    if (in.has("sat")) return exec_of<float, float>([](float v) { return v > 0 ? std::min(v, 1.f) : 0.f; });
     const bool z = in.has("ftz");
+    if (in.has("sat") && z)
+      return exec_of<float, float>([](float v) { return flush(v) > 0 ? std::min(v, 1.f) : 0.f; });
+    if (in.has("sat")) return exec_of<float, float>([](float v) { return v > 0 ? std::min(v, 1.f) : 0.f; });
     if (to_integral) {
       if (r == Round::kZero)
         return z ? exec_of<float, float>([](float v) { return whole<float, Round::kZero>(flush(v)); })
@@ -1118,7 +1120,7 @@ bool knows_modifiers(const Instruction& in) {
     const bool integral = in.has("rni") || in.has("rzi") || in.has("rmi") || in.has("rpi");
     if (in.has("sat") && is_float(to) && (to != "f32" || from != "f32" || integral)) return false;
     if (in.has("ftz") && from != "f32") return false;
-    if (in.has("ftz") && (to == "f16" || to == "bf16" || to == "f16x2" || to == "bf16x2" || in.has("sat")))
+    if (in.has("ftz") && (to == "f16" || to == "bf16" || to == "f16x2" || to == "bf16x2"))
       return false;
   }
   return true;

@@ -468,6 +468,9 @@ struct Cta {
   // Checks and writes: data with the validity of each byte, or nothing yet (nullptr). Lanes of one instruction come
   // from the highest to the lowest, and the highest wins where they meet.
   void write_shared(Warp& w, const Op& op, int lane, u32 offset, const u8* data, const u8* valid, u32 bytes);
+  // The same byte by byte.
+  void read_bytes(Warp& w, const Op& op, int lane, u32 offset, u32 bytes);
+  void write_bytes(Warp& w, const Op& op, int lane, u32 offset, const u8* data, const u8* valid, u32 bytes);
   void update_shared(Warp& w, const Op& op, int lane, u32 offset, u32 bytes);  // by an atomic operation
   // What both ask of one byte; false after a fault. `writers_agree`: an unordered earlier write is no error.
   bool change_shared(Warp& w, const Op& op, int lane, u32 b, bool writers_agree, const char* verb);

@@ -55,10 +55,106 @@ void race(Warp& w, const Op& op, int lane, u32 byte, const std::string& what, u3
   w.fault(op, lane, "race", "race: shared byte " + std::to_string(byte) + " " + what, byte, nullptr, other_op);
 }
 
+// ---- the common case: all bytes of an access have one history, and nothing is wrong
+template <int N>
+bool uniform(const u32* p) {
+  u32 differ = 0;
+  for (int i = 1; i < N; ++i) differ |= p[i] ^ p[0];
+  return differ == 0;
+}
+template <int N>
+bool none(const u8* p) {
+  u8 any = 0;
+  for (int i = 0; i < N; ++i) any |= p[i];
+  return any == 0;
+}
+template <int N>
+void fill_run(std::vector<u32>& v, u32 offset, u32 value) {
+  for (int i = 0; i < N; ++i) v[offset + static_cast<u32>(i)] = value;
+}
+
+// Whether the read was followed; not, where its bytes must be looked at one by one.
+template <int N>
+bool read_alike(Cta& cta, Warp& w, const Op& op, int lane, u32 o) {
+  if (!none<N>(&cta.in_flight[o]) || !uniform<N>(&cta.writer[o]) || !uniform<N>(&cta.reader[o])) return false;
+  const u32 wrote = cta.writer[o], old = cta.reader[o];
+  if (wrote != 0 && !before(w, lane, wrote)) return false;
+  const u32 me = stamp_of(w.time(), static_cast<u32>(w.index), static_cast<u32>(lane));
+  if (old == me) return true;
+  u32 fresh = me;
+  if (old != 0 && warp_of(old) == static_cast<u32>(w.index))
+    fresh = time_of(old) == w.time() ? old | kSeveral : me;
+  else if (old != 0 && !before(w, lane, old)) {
+    memset(&cta.many_readers[o], 1, N);
+    u32* mine = &cta.reader_of_warp[static_cast<size_t>(w.index) * cta.shared.size() + o];
+    for (int i = 0; i < N; ++i) mine[i] = me | kSeveral;
+    return true;
+  }
+  fill_run<N>(cta.reader, o, fresh);
+  fill_run<N>(cta.reader_op, o, op.index);
+  return true;
+}
+
+template <int N>
+bool write_alike(Cta& cta, Warp& w, const Op& op, int lane, u32 o, const u8* data, const u8* valid) {
+  if (!none<N>(&cta.in_flight[o]) || !uniform<N>(&cta.writer[o]) || !uniform<N>(&cta.reader[o])) return false;
+  u32 met = 0;
+  for (u32 i = 0; i < N; ++i) met |= static_cast<u32>(cta.writer_serial[o + i] == cta.serial);
+  const u32 wrote = cta.writer[o], read = cta.reader[o];
+  if (met || (wrote != 0 && !before(w, lane, wrote)) || (read != 0 && !before(w, lane, read))) return false;
+  if (!none<N>(&cta.many_readers[o])) {
+    for (size_t i = 0; i < cta.warps.size(); ++i) {
+      const u32* run = &cta.reader_of_warp[i * cta.shared.size() + o];
+      if (!uniform<N>(run) || (run[0] != 0 && !before(w, lane, run[0]))) return false;
+    }
+    for (size_t i = 0; i < cta.warps.size(); ++i)
+      memset(&cta.reader_of_warp[i * cta.shared.size() + o], 0, 4 * N);
+    memset(&cta.many_readers[o], 0, N);
+  }
+  if (data != nullptr) {
+    memcpy(&cta.shared[o], data, N);
+    memcpy(&cta.shared_valid[o], valid, N);
+  }
+  fill_run<N>(cta.writer_serial, o, cta.serial);
+  fill_run<N>(cta.reader, o, 0);
+  fill_run<N>(cta.writer, o, stamp_of(w.time(), static_cast<u32>(w.index), static_cast<u32>(lane)));
+  fill_run<N>(cta.writer_op, o, op.index);
+  return true;
+}
+
+// Halves, where the whole has several histories.
+template <int N>
+void read_run(Cta& cta, Warp& w, const Op& op, int lane, u32 o) {
+  if (read_alike<N>(cta, w, op, lane, o)) return;
+  if constexpr (N > 4) {
+    read_run<N / 2>(cta, w, op, lane, o);
+    read_run<N / 2>(cta, w, op, lane, o + N / 2);
+  } else {
+    cta.read_bytes(w, op, lane, o, N);
+  }
+}
+template <int N>
+void write_run(Cta& cta, Warp& w, const Op& op, int lane, u32 o, const u8* data, const u8* valid) {
+  if (write_alike<N>(cta, w, op, lane, o, data, valid)) return;
+  if constexpr (N > 4) {
+    write_run<N / 2>(cta, w, op, lane, o, data, valid);
+    write_run<N / 2>(cta, w, op, lane, o + N / 2, data ? data + N / 2 : nullptr, valid ? valid + N / 2 : nullptr);
+  } else {
+    cta.write_bytes(w, op, lane, o, data, valid, N);
+  }
+}
+
 }  // namespace
 
 void Cta::read_shared(Warp& w, const Op& op, int lane, u32 offset, u32 bytes) {
   if (!launch.options.races) return;
+  if (bytes == 16) return read_run<16>(*this, w, op, lane, offset);
+  if (bytes == 8) return read_run<8>(*this, w, op, lane, offset);
+  if (bytes == 4) return read_run<4>(*this, w, op, lane, offset);
+  read_bytes(w, op, lane, offset, bytes);
+}
+
+void Cta::read_bytes(Warp& w, const Op& op, int lane, u32 offset, u32 bytes) {
   const u32 me = stamp_of(w.time(), static_cast<u32>(w.index), static_cast<u32>(lane));
   for (u32 b = offset; b < offset + bytes; ++b) {
     if (in_flight[b])
@@ -77,7 +173,7 @@ void Cta::read_shared(Warp& w, const Op& op, int lane, u32 offset, u32 bytes) {
       reader_op[b] = op.index;
     } else {
       many_readers[b] = 1;
-      reader_of_warp[b * warps.size() + static_cast<size_t>(w.index)] = me | kSeveral;
+      reader_of_warp[static_cast<size_t>(w.index) * shared.size() + b] = me | kSeveral;
     }
   }
 }
@@ -99,7 +195,7 @@ bool Cta::change_shared(Warp& w, const Op& op, int lane, u32 b, bool writers_agr
     return unordered("read", reader[b], reader_op[b]);
   if (many_readers[b]) {
     for (size_t i = 0; i < warps.size(); ++i) {
-      const u32 stamp = std::exchange(reader_of_warp[b * warps.size() + i], 0);
+      const u32 stamp = std::exchange(reader_of_warp[i * shared.size() + b], 0);
       if (stamp != 0 && !before(w, lane, stamp) && !op.strong) return unordered("read", stamp, ~0u);
     }
     many_readers[b] = 0;
@@ -111,6 +207,13 @@ bool Cta::change_shared(Warp& w, const Op& op, int lane, u32 b, bool writers_agr
 }
 
 void Cta::write_shared(Warp& w, const Op& op, int lane, u32 offset, const u8* data, const u8* valid, u32 bytes) {
+  if (launch.options.races && bytes == 16) return write_run<16>(*this, w, op, lane, offset, data, valid);
+  if (launch.options.races && bytes == 8) return write_run<8>(*this, w, op, lane, offset, data, valid);
+  if (launch.options.races && bytes == 4) return write_run<4>(*this, w, op, lane, offset, data, valid);
+  write_bytes(w, op, lane, offset, data, valid, bytes);
+}
+
+void Cta::write_bytes(Warp& w, const Op& op, int lane, u32 offset, const u8* data, const u8* valid, u32 bytes) {
   u8 old[64];
   bool mine[64];
   for (u32 k = 0; k < bytes; ++k) {  // a lane's store is whole, whatever is found below

@@ -145,7 +145,8 @@ def triton_driver(arch: int, on_launch: OnLaunch, key: str) -> Any:
     class Driver(DriverBase):
         launcher_cls = Launcher
         utils = SimpleNamespace(
-            load_binary=lambda name, kernel, shared, device: (1, kernel, 0, 0, 1024),
+            # No module: Triton would unload it through whatever driver is active when a kernel is collected.
+            load_binary=lambda name, kernel, shared, device: (None, kernel, 0, 0, 1024),
             unload_module=lambda module: None,
             get_device_properties=lambda device: {"max_shared_mem": max_shared, "multiprocessor_count": 108},
         )
