@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 
 import torch
@@ -350,10 +350,13 @@ class TorchCalls(TorchDispatchMode):
         return result
 
 
+Calls = TypeVar("Calls", bound=TorchDispatchMode)
+
+
 @contextlib.contextmanager
-def counting() -> Iterator[TorchCalls]:
-    """Inside, operators run in a :class:`TorchCalls`."""
-    calls, choose = TorchCalls(), _registry.choose
+def counting(calls: Calls) -> Iterator[Calls]:
+    """Inside, operators run in ``calls``, a :class:`TorchCalls` or the like."""
+    choose = _registry.choose
 
     def inside(function: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*args: Any) -> Any:
@@ -481,7 +484,7 @@ def compile_group(group: Group) -> dict[str, Any]:
         while index < most:
             done, i = len(found), case.inputs(group.model, dtype)
             try:
-                with taking(index) as seen, counting() as calls:
+                with taking(index) as seen, counting(TorchCalls()) as calls:
                     if case.rows and index == 0:
                         result["bytes"] = _bytes(case, i, found, calls)
                     else:
@@ -672,8 +675,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="compare with the budget; exit 1 where a kernel got worse")
     parser.add_argument("--write", action="store_true", help="put what is compiled into the budget")
     parser.add_argument("--budget", type=Path, default=BUDGET, metavar="FILE", help="another budget file")
+    parser.add_argument("--traffic", action="store_true", help="count one block's bytes on the PTX simulator instead")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="of --traffic: write the rows here")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default 2)")
     args = parser.parse_args(argv)
+    if args.traffic:
+        from benchmarks.traffic import print_traffic
+
+        print_traffic(args.json)
+        return 0
     if args.write and args.quick:
         parser.error("--write takes every shape: without --quick")
     if args.check and not args.budget.exists():

@@ -80,14 +80,16 @@ def main(argv: list[str] | None = None) -> int:
         cases["rope_attention fwd+bwd, B1 H16 N1025 D64"] = lambda: rope_attention((32, 32), 16)
     rows, lines = [], []
     for name, run in cases.items():
-        run()
-        start = time.perf_counter()
-        reports = run()
-        seconds = time.perf_counter() - start
-        lanes = sum(r.counters.lane_instructions for r in reports)
-        rows.append({"case": name, "seconds": round(seconds, 4), "lane_instructions": lanes})
-        lines.append([name, f"{seconds:.2f}", f"{lanes / 1e6:.1f}", f"{lanes / seconds / 1e6:.0f}"])
-    print_table("the simulator, one thread", ("case", "s", "M lane instr.", "M lane instr./s"), lines)
+        for threads in (1, 2):
+            with gpusim.options(threads=threads):
+                run()
+                start = time.perf_counter()
+                reports = run()
+                seconds = time.perf_counter() - start
+            lanes = sum(r.counters.lane_instructions for r in reports)
+            rows.append({"case": name, "threads": threads, "seconds": round(seconds, 4), "lane_instructions": lanes})
+            lines.append([name, threads, f"{seconds:.2f}", f"{lanes / 1e6:.1f}", f"{lanes / seconds / 1e6:.0f}"])
+    print_table("the simulator", ("case", "threads", "s", "M lane instr.", "M lane instr./s"), lines)
     if args.json:
         write_json(args.json, {"environment": environment("cpu"), "rows": rows})
         print(f"wrote {args.json}")

@@ -100,7 +100,7 @@ def test_bytes_over_the_minimum_are_found():
 @pytest.mark.parametrize("case", kernels.CASES, ids=lambda c: f"{c.op}-{c.name}")
 def test_no_recompilation_for_a_shape(case):
     """Batch and grid are values, not constants, of every kernel."""
-    with compiling(80) as found, kernels.taking(0), kernels.counting():
+    with compiling(80) as found, kernels.taking(0), kernels.counting(kernels.TorchCalls()):
         for n, (batch, grid) in enumerate(SHAPES):
             list(kernels.call(case, case.inputs(case.models[0], torch.bfloat16, batch, grid)))
             if n == 0:
@@ -122,6 +122,6 @@ def test_a_second_context_sees_kernels_of_the_first():
 @pytest.mark.full
 @pytest.mark.parametrize("case", kernels.CASES, ids=lambda c: f"{c.op}-{c.name}")
 def test_compiles_for_amd(case):
-    with compiling(next(iter(AMD))) as found, kernels.taking(0), kernels.counting():
+    with compiling(next(iter(AMD))) as found, kernels.taking(0), kernels.counting(kernels.TorchCalls()):
         list(kernels.call(case, case.inputs(case.models[0], torch.bfloat16, 2)))
     assert found

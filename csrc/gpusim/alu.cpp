@@ -686,8 +686,7 @@ Exec conversion(const Instruction& in, const std::string& to, const std::string&
   }
   if (to == "f32" && from == "f32") {
     const bool z = in.has("ftz");
-    if (in.has("sat") && z)
-      return exec_of<float, float>([](float v) { return flush(v) > 0 ? std::min(v, 1.f) : 0.f; });
+    if (in.has("sat") && z) return exec_of<float, float>([](float v) { return flush(v) > 0 ? std::min(v, 1.f) : 0.f; });
     if (in.has("sat")) return exec_of<float, float>([](float v) { return v > 0 ? std::min(v, 1.f) : 0.f; });
     if (to_integral) {
       if (r == Round::kZero)
@@ -958,14 +957,20 @@ void set_number(Warp& w, const Op& op, u32 mask) {
 
 bool decode_set(Decoder& d, const Instruction& in, Op& op) {
   using Test = bool (*)(float, float);
-  static const std::map<std::string, Test> tests = {
-      {"eq", [](float a, float b) { return a == b; }},  {"ne", [](float a, float b) { return a < b || a > b; }},
-      {"lt", [](float a, float b) { return a < b; }},   {"le", [](float a, float b) { return a <= b; }},
-      {"gt", [](float a, float b) { return a > b; }},   {"ge", [](float a, float b) { return a >= b; }},
-      {"equ", [](float a, float b) { return !(a < b || a > b); }}, {"neu", [](float a, float b) { return a != b; }},
-      {"ltu", [](float a, float b) { return !(a >= b); }}, {"leu", [](float a, float b) { return !(a > b); }},
-      {"gtu", [](float a, float b) { return !(a <= b); }}, {"geu", [](float a, float b) { return !(a < b); }},
-      {"num", [](float a, float b) { return a == a && b == b; }}, {"nan", [](float a, float b) { return a != a || b != b; }}};
+  static const std::map<std::string, Test> tests = {{"eq", [](float a, float b) { return a == b; }},
+                                                    {"ne", [](float a, float b) { return a < b || a > b; }},
+                                                    {"lt", [](float a, float b) { return a < b; }},
+                                                    {"le", [](float a, float b) { return a <= b; }},
+                                                    {"gt", [](float a, float b) { return a > b; }},
+                                                    {"ge", [](float a, float b) { return a >= b; }},
+                                                    {"equ", [](float a, float b) { return !(a < b || a > b); }},
+                                                    {"neu", [](float a, float b) { return a != b; }},
+                                                    {"ltu", [](float a, float b) { return !(a >= b); }},
+                                                    {"leu", [](float a, float b) { return !(a > b); }},
+                                                    {"gtu", [](float a, float b) { return !(a <= b); }},
+                                                    {"geu", [](float a, float b) { return !(a < b); }},
+                                                    {"num", [](float a, float b) { return a == a && b == b; }},
+                                                    {"nan", [](float a, float b) { return a != a || b != b; }}};
   if (in.modifiers.size() != 3 || in.operands.size() != 3) return false;
   const auto test = tests.find(in.modifiers[0]);
   const std::string &to = in.modifiers[1], &from = in.modifiers[2];
@@ -1021,8 +1026,8 @@ void from_low_bits(Warp& w, const Op& op, u32 mask) {
   const int shift = static_cast<int>(64 - 8 * op.imm);
   To values[kLanes];
   for (int l = 0; l < kLanes; ++l)
-    values[l] = static_cast<To>(op.sign ? static_cast<u64>(static_cast<i64>(a[l] << shift) >> shift)
-                                        : a[l] << shift >> shift);
+    values[l] =
+        static_cast<To>(op.sign ? static_cast<u64>(static_cast<i64>(a[l] << shift) >> shift) : a[l] << shift >> shift);
   store<To>(w, op, mask, values);
 }
 
@@ -1082,27 +1087,28 @@ bool is_alu(const std::string& o) {
 bool knows_modifiers(const Instruction& in) {
   static const std::set<std::string> rounds = {"rn", "rz", "rm", "rp", "ftz"};
   static const std::set<std::string> joins = {"and", "or", "xor"};
-  static const std::map<std::string, std::set<std::string>> own = {{"add", {"sat", "cc"}},
-                                                                   {"sub", {"cc"}},
-                                                                   {"mul", {"sat", "lo", "hi", "wide"}},
-                                                                   {"mad", {"lo", "hi", "wide", "cc"}},
-                                                                   {"fma", {"sat", "relu"}},
-                                                                   {"div", {"approx", "full"}},
-                                                                   {"min", {"NaN"}},
-                                                                   {"max", {"NaN"}},
-                                                                   {"rcp", {"approx"}},
-                                                                   {"sqrt", {"approx"}},
-                                                                   {"rsqrt", {"approx"}},
-                                                                   {"ex2", {"approx"}},
-                                                                   {"lg2", {"approx"}},
-                                                                   {"sin", {"approx"}},
-                                                                   {"cos", {"approx"}},
-                                                                   {"tanh", {"approx"}},
-                                                                   {"cvta", {"to", "global", "shared", "const", "local", "param"}},
-                                                                   {"shf", {"l", "r", "wrap", "clamp"}},
-                                                                   {"bmsk", {"clamp"}},
-                                                                   {"bfind", {"shiftamt"}},
-                                                                   {"cvt", {"rni", "rzi", "rmi", "rpi", "rna", "sat"}}};
+  static const std::map<std::string, std::set<std::string>> own = {
+      {"add", {"sat", "cc"}},
+      {"sub", {"cc"}},
+      {"mul", {"sat", "lo", "hi", "wide"}},
+      {"mad", {"lo", "hi", "wide", "cc"}},
+      {"fma", {"sat", "relu"}},
+      {"div", {"approx", "full"}},
+      {"min", {"NaN"}},
+      {"max", {"NaN"}},
+      {"rcp", {"approx"}},
+      {"sqrt", {"approx"}},
+      {"rsqrt", {"approx"}},
+      {"ex2", {"approx"}},
+      {"lg2", {"approx"}},
+      {"sin", {"approx"}},
+      {"cos", {"approx"}},
+      {"tanh", {"approx"}},
+      {"cvta", {"to", "global", "shared", "const", "local", "param"}},
+      {"shf", {"l", "r", "wrap", "clamp"}},
+      {"bmsk", {"clamp"}},
+      {"bfind", {"shiftamt"}},
+      {"cvt", {"rni", "rzi", "rmi", "rpi", "rna", "sat"}}};
   const auto known = own.find(in.opcode);
   for (size_t i = 0; i < in.modifiers.size(); ++i) {
     const std::string& m = in.modifiers[i];
@@ -1120,8 +1126,7 @@ bool knows_modifiers(const Instruction& in) {
     const bool integral = in.has("rni") || in.has("rzi") || in.has("rmi") || in.has("rpi");
     if (in.has("sat") && is_float(to) && (to != "f32" || from != "f32" || integral)) return false;
     if (in.has("ftz") && from != "f32") return false;
-    if (in.has("ftz") && (to == "f16" || to == "bf16" || to == "f16x2" || to == "bf16x2"))
-      return false;
+    if (in.has("ftz") && (to == "f16" || to == "bf16" || to == "f16x2" || to == "bf16x2")) return false;
   }
   return true;
 }
@@ -1283,13 +1288,12 @@ bool decode_alu(Decoder& d, const Instruction& in, Op& op) {
     if (in.modifiers.size() != 3 || in.modifiers[1] != "u32" || in.modifiers[2] != "u32") return false;
     d.set(op, {d.result(in.operands[0], "b32")},
           {d.source(in.operands[1], "b32"), d.source(in.operands[2], "b32"), d.source(in.operands[3], "b32")});
-    op.exec = in.modifiers[0] == "lo"
-                  ? exec_of<u32, u32, u32, u32>([](u32 a, u32 b, u32 c) {
-                      return c + (a & 0xffff) * (b & 255) + (a >> 16) * (b >> 8 & 255);
-                    })
-                  : exec_of<u32, u32, u32, u32>([](u32 a, u32 b, u32 c) {
-                      return c + (a & 0xffff) * (b >> 16 & 255) + (a >> 16) * (b >> 24);
-                    });
+    op.exec = in.modifiers[0] == "lo" ? exec_of<u32, u32, u32, u32>([](u32 a, u32 b, u32 c) {
+      return c + (a & 0xffff) * (b & 255) + (a >> 16) * (b >> 8 & 255);
+    })
+                                      : exec_of<u32, u32, u32, u32>([](u32 a, u32 b, u32 c) {
+                                          return c + (a & 0xffff) * (b >> 16 & 255) + (a >> 16) * (b >> 24);
+                                        });
     return true;
   }
   if (o == "dp4a") {

@@ -112,7 +112,8 @@ py::dict launch(const Program& p, std::array<u32, 3> grid, std::array<u32, 3> bl
     }
     std::string name = r.name;
     while (distinct.contains(py::str(name))) name += "'";
-    distinct[py::str(name)] = py::make_tuple(loaded, stored, load_sectors, store_sectors);
+    distinct[py::str(name)] =
+        py::make_tuple(loaded, stored, load_sectors, store_sectors, reinterpret_cast<u64>(r.host));
   }
   py::dict out;
   out["faults"] = faults;

@@ -9,8 +9,8 @@ namespace gpusim {
 namespace {
 
 constexpr u64 kDefaultBudget = 2'000'000'000;
-constexpr u32 kPatience = 2000;           // jumps back of a split before another has its turn
-constexpr u64 kMaxStack = 512 << 10;      // bytes of local memory of a lane
+constexpr u32 kPatience = 2000;       // jumps back of a split before another has its turn
+constexpr u64 kMaxStack = 512 << 10;  // bytes of local memory of a lane
 
 template <class F>
 void for_lanes(u32 mask, F f) {
@@ -67,8 +67,8 @@ void Warp::jump_by_table(const Op& op, u32 mask) {
   const u32 stays = active & ~mask;
   for_lanes(mask, [&](int l) {
     if (index[l] >= table.size())
-      raise(op, l, "out of bounds", "out of bounds: target " + std::to_string(index[l]) + " of a branch with " +
-                                        std::to_string(table.size()));
+      raise(op, l, "out of bounds",
+            "out of bounds: target " + std::to_string(index[l]) + " of a branch with " + std::to_string(table.size()));
     splits.push_back({table[index[l]], 1u << l, depth, false});
   });
   active = stays;
@@ -140,8 +140,11 @@ void Warp::enter(const Op& op, u32 mask, int index) {
     // A frame takes 16 bytes at least, as a return address does on a GPU.
     const u64 base = (s.top + 31ull) / 16 * 16, top = base + code.frame_bytes;
     if (top > kMaxStack)
-      raise(op, l, "out of bounds", "out of bounds: the stack of a thread, " + std::to_string(top) + " bytes of local "
-                                    "memory in " + std::to_string(s.frames.size() + 1) + " calls");
+      raise(op, l, "out of bounds",
+            "out of bounds: the stack of a thread, " + std::to_string(top) +
+                " bytes of local "
+                "memory in " +
+                std::to_string(s.frames.size() + 1) + " calls");
     if (s.memory.size() < top) s.memory.resize(top), s.valid.resize(top);
     std::fill(s.valid.begin() + static_cast<std::ptrdiff_t>(base), s.valid.begin() + static_cast<std::ptrdiff_t>(top),
               0);
@@ -212,9 +215,10 @@ std::string bytes_at(Warp& w, int lane, u64 address, u64 count) {
   if (address >> kWindowShift == kLocalWindow >> kWindowShift) {
     const auto& memory = w.stacks[static_cast<size_t>(lane)].memory;
     const u64 at = address & (kLocalWindow - 1);
-    return at >= memory.size() ? "" : std::string(memory.begin() + static_cast<std::ptrdiff_t>(at),
-                                                  memory.begin() + static_cast<std::ptrdiff_t>(
-                                                                       std::min<u64>(at + count, memory.size())));
+    return at >= memory.size()
+               ? ""
+               : std::string(memory.begin() + static_cast<std::ptrdiff_t>(at),
+                             memory.begin() + static_cast<std::ptrdiff_t>(std::min<u64>(at + count, memory.size())));
   }
   const Region* r = w.cta->launch.region_of(address);
   if (r == nullptr || address - r->base >= r->size) return "";
@@ -266,7 +270,8 @@ void Warp::print(const Op& op, int lane) {
     else if (kind == 'c')
       snprintf(buffer, sizeof(buffer), spec.c_str(), static_cast<int>(v));
     else
-      snprintf(buffer, sizeof(buffer), (spec.substr(0, spec.size() - 1) + (kind == 'p' ? "#llx" : "ll" + std::string(1, kind))).c_str(),
+      snprintf(buffer, sizeof(buffer),
+               (spec.substr(0, spec.size() - 1) + (kind == 'p' ? "#llx" : "ll" + std::string(1, kind))).c_str(),
                static_cast<unsigned long long>(v));
     out += buffer;
   }
@@ -393,8 +398,7 @@ void Warp::arrive(const Op& op, u32 mask) {
   const bool counts = op.num_src - (op.votes ? 1 : 0) > 1;
   const u32 expected = counts ? reg<u32>(op, op.num_dst + 1)[lane] : 0;
   if (expected % kLanes != 0)
-    raise(op, lane, "barrier",
-          "barrier of " + std::to_string(expected) + " threads, which is no multiple of 32");
+    raise(op, lane, "barrier", "barrier of " + std::to_string(expected) + " threads, which is no multiple of 32");
   if (b.members && b.expected != expected)
     raise(op, lane, "barrier", "barrier " + std::to_string(id) + ": warps wait for different numbers of threads");
   b.expected = expected;

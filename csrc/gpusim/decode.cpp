@@ -216,8 +216,7 @@ Reg Decoder::source(const Operand& o, const std::string& type, Wider wider) {
   }
   const auto special = special_names().find(o.name);
   if (special != special_names().end()) {
-    const bool own_wide =
-        special->second == kClock64 || special->second == kGridId || special->second == kGlobalTimer;
+    const bool own_wide = special->second == kClock64 || special->second == kGridId || special->second == kGlobalTimer;
     if (own_wide != wide || bytes < 4) fail("special register " + o.name + " as ." + type);
     if (special->second == kClock || special->second == kClock64) fail("special register " + o.name);
     if (special->second == kGridBarrier1 || special->second == kGridBarrier2) p_.grid_barrier = true;
@@ -547,7 +546,8 @@ void Decoder::function() {
     Op& op = p_.ops[i];
     if (op.flow != Flow::kTable) continue;
     std::vector<u32> targets;
-    for (const int target : labels(*p_.instruction(i))) targets.push_back(begins[target < n ? block_of(target) : blocks]);
+    for (const int target : labels(*p_.instruction(i)))
+      targets.push_back(begins[target < n ? block_of(target) : blocks]);
     op.imm = static_cast<i64>(p_.tables.size());
     p_.tables.push_back(targets);
   }

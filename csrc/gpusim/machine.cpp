@@ -461,8 +461,8 @@ Region* Launch::region_of(u64 address) {
   const u64 slot = (address >> kGlobalShift) - 1;
   if (slot < regions.size() && regions[slot].base >> kGlobalShift == slot + 1) return &regions[slot];
   // Where the host has them, in the order of their addresses.
-  const auto above = std::upper_bound(regions.begin(), regions.end(), address,
-                                      [](u64 a, const Region& r) { return a < r.base; });
+  const auto above =
+      std::upper_bound(regions.begin(), regions.end(), address, [](u64 a, const Region& r) { return a < r.base; });
   return above == regions.begin() ? nullptr : &*(above - 1);
 }
 
@@ -515,8 +515,7 @@ std::vector<u32> Launch::order_of_ctas() const {
   return out;
 }
 
-Worker::Worker(Launch& launch)
-    : launch(launch), shadows(launch.regions.size()), counters(launch.program.ops.size()) {}
+Worker::Worker(Launch& launch) : launch(launch), shadows(launch.regions.size()), counters(launch.program.ops.size()) {}
 
 Shadow& Worker::shadow(const Region& r) {
   Shadow& s = shadows[static_cast<size_t>(&r - launch.regions.data())];
@@ -624,9 +623,8 @@ void Launch::merge(std::vector<std::unique_ptr<Worker>>& workers, const std::vec
         find_race(*this, regions[i], workers[a]->shadows[i], workers[b]->shadows[i], turn_of, found);
   std::stable_sort(found.begin(), found.end(), [](const auto& x, const auto& y) { return x.first < y.first; });
   for (auto& [turn, fault] : found) {
-    const bool told = std::any_of(faults.begin(), faults.end(), [&](const Fault& f) {
-      return f.op == fault.op && f.kind == fault.kind;
-    });
+    const bool told = std::any_of(faults.begin(), faults.end(),
+                                  [&](const Fault& f) { return f.op == fault.op && f.kind == fault.kind; });
     if (!told) faults.push_back(std::move(fault));
   }
   if (!options.collect && faults.size() > 1) faults.erase(faults.begin() + 1, faults.end());

@@ -77,11 +77,11 @@ struct Op {
   bool wide = false;    // of the result's storage: 8 bytes a lane
   bool sign = false;    // of what is loaded: extended by its sign
   bool transposed = false, saturate = false, read_only = false, overwrites = false;
-  bool aligned = false;  // all lanes of the warp come to this very instruction
-  bool votes = false, arrives = false;  // of a barrier: bar.red, bar.arrive
-  bool strong = false;                                       // atomic, volatile, relaxed, acquire or release
-  Scope acquires = Scope::kNone, releases = Scope::kNone;    // of accesses and fences
-  bool wide_address = true, wide_address2 = true;  // 8 bytes a lane, or 4
+  bool aligned = false;                                    // all lanes of the warp come to this very instruction
+  bool votes = false, arrives = false;                     // of a barrier: bar.red, bar.arrive
+  bool strong = false;                                     // atomic, volatile, relaxed, acquire or release
+  Scope acquires = Scope::kNone, releases = Scope::kNone;  // of accesses and fences
+  bool wide_address = true, wide_address2 = true;          // 8 bytes a lane, or 4
   Reg guard{};
   i64 imm = 0;                // of an access: added to its address
   i64 imm2 = 0;               // the same for the second address of a copy
@@ -101,10 +101,10 @@ struct Code {
   u32 begin = 0;
   u64 frame_bytes = 0;
   std::map<std::string, u64> places;
-  std::vector<std::pair<u64, u64>> params;         // offset, bytes
-  std::pair<u64, u64> result{0, 0};                // the same; no bytes for none
-  std::vector<std::pair<Reg, u64>> addresses;      // registers that hold the address of an offset
-  std::vector<std::pair<Reg, u32>> registers;      // with their bytes in the file
+  std::vector<std::pair<u64, u64>> params;     // offset, bytes
+  std::pair<u64, u64> result{0, 0};            // the same; no bytes for none
+  std::vector<std::pair<Reg, u64>> addresses;  // registers that hold the address of an offset
+  std::vector<std::pair<Reg, u32>> registers;  // with their bytes in the file
 };
 
 enum class Builtin : u8 { kNone, kPrint, kAssert };
@@ -191,7 +191,7 @@ struct Program {
   const Instruction* instruction(u32 op) const;  // nullptr for what has none
   std::string where(u32 op) const;               // "file.py:12 (called from file.py:40)"
   bool uses(const std::string& variable) const;
-  int code_of(const std::string& function);      // index into codes, of a function that the module has; -1
+  int code_of(const std::string& function);  // index into codes, of a function that the module has; -1
 };
 
 struct Fault : std::runtime_error {
@@ -210,16 +210,16 @@ struct Region {
   std::string name;
   bool constant = false;
   std::vector<std::pair<u64, u64>> views;  // allowed [begin, end) offsets; empty: all of it
-  std::vector<u8> valid;  // by byte, of memory that nobody has written; empty: valid from the start
-  bool output = false;    // must be written completely
+  std::vector<u8> valid;                   // by byte, of memory that nobody has written; empty: valid from the start
+  bool output = false;                     // must be written completely
 };
 
 // Who touched each byte of a region last, as far as the CTAs of one host thread are concerned.
 struct Shadow {
-  std::vector<u8> touched;                // 1 loaded, 2 stored; empty: no byte was touched
-  std::vector<u64> writer, reader;        // 1 + CTA, stamp; empty: not followed
+  std::vector<u8> touched;          // 1 loaded, 2 stored; empty: no byte was touched
+  std::vector<u64> writer, reader;  // 1 + CTA, stamp; empty: not followed
   std::vector<u32> writer_op, reader_op;
-  std::vector<u8> value;                  // that was written, where several host threads are at work
+  std::vector<u8> value;  // that was written, where several host threads are at work
 };
 constexpr u64 kSeveralCtas = ~0ull;
 
@@ -315,9 +315,9 @@ struct Parked {
 };
 
 struct Frame {
-  u32 call;       // operation
-  u32 base, top;  // of the caller's frame
-  int code;       // that was called
+  u32 call;               // operation
+  u32 base, top;          // of the caller's frame
+  int code;               // that was called
   std::vector<u8> saved;  // this lane's registers of it, where the lane was in it already
 };
 
@@ -342,17 +342,17 @@ struct Warp {
   u32 live = 0, active = 0, pc = 0, depth = 0;
   std::vector<Split> splits;  // the others
   std::vector<Parked> parked;
-  u32 spins = 0;                         // jumps back since the last change of splits
-  const Op* const* meeting = nullptr;    // by lane, while lanes of several operations meet
+  u32 spins = 0;                       // jumps back since the last change of splits
+  const Op* const* meeting = nullptr;  // by lane, while lanes of several operations meet
   std::array<Stack, kLanes> stacks;
   u8* file = nullptr;
   std::vector<u8> storage, partial;
   std::vector<std::array<u8, kLanes>> valid;
   std::vector<u32> origin;  // 1 + op that read the invalid bytes
   std::unordered_map<u32, Fault> racy_loads;
-  std::vector<u32> clock;   // of every warp of the CTA, own time included
-  u32 converged = 0;        // own time before which the lanes are in order among themselves
-  Known foreign;            // what is known of other CTAs
+  std::vector<u32> clock;    // of every warp of the CTA, own time included
+  u32 converged = 0;         // own time before which the lanes are in order among themselves
+  Known foreign;             // what is known of other CTAs
   Known fenced_cta, fenced;  // what a strong write publishes: the state at the last fence, of a CTA's or a wider scope
   Known seen;                // what strong reads found and the next fence makes known
   std::vector<PendingCopy> copies;
@@ -422,12 +422,12 @@ void for_each_op(Warp& w, const Op& op, u32 mask, F f) {
 }
 
 struct Barrier {
-  u32 arrived = 0;   // threads
-  u64 waiting = 0;   // warps, by bit
-  u64 members = 0;   // the same with those that arrived and went on
-  u32 expected = 0;  // threads; 0: all of the CTA
-  u32 votes = 0, voters = 0;       // of bar.red
-  std::vector<u32> clock;          // of those that went on
+  u32 arrived = 0;            // threads
+  u64 waiting = 0;            // warps, by bit
+  u64 members = 0;            // the same with those that arrived and went on
+  u32 expected = 0;           // threads; 0: all of the CTA
+  u32 votes = 0, voters = 0;  // of bar.red
+  std::vector<u32> clock;     // of those that went on
   Known foreign;
 };
 

@@ -182,7 +182,8 @@ void mma_bytes(Warp& w, const Op& op, u32) {
 // imm: 1 for A by columns, 2 for B by rows
 void mma_quads(Warp& w, const Op& op, u32) {
   const auto half = [&](int operand, int lane, int e) {
-    return static_cast<double>(to_float(f16{static_cast<u16>(w.reg<u32>(op, operand + e / 2)[lane] >> (16 * (e & 1)))}));
+    return static_cast<double>(
+        to_float(f16{static_cast<u16>(w.reg<u32>(op, operand + e / 2)[lane] >> (16 * (e & 1)))}));
   };
   const int d0 = op.num_dst, c0 = d0 + 4;
   float d[8][kLanes];

@@ -200,13 +200,15 @@ u8* own_bytes(Warp& w, const Op& op, int lane, Space space, u64 offset, u32 byte
   const u64 size = local ? stack.top : w.cta->launch.params.size();
   const std::string where = (local ? "local byte " : "parameter byte ") + std::to_string(offset);
   if (offset % bytes != 0) {
-    w.fault(op, lane, "misaligned", std::string("misaligned ") + verb + " of " + std::to_string(bytes) + " bytes at " +
-                                        where, offset);
+    w.fault(op, lane, "misaligned",
+            std::string("misaligned ") + verb + " of " + std::to_string(bytes) + " bytes at " + where, offset);
     return nullptr;
   }
   if (offset >= size || offset + bytes > size || (local && offset < 16)) {
-    w.fault(op, lane, "out of bounds", std::string("out of bounds ") + verb + " of " + std::to_string(bytes) +
-                                           " bytes at " + where + " of " + std::to_string(size), offset);
+    w.fault(op, lane, "out of bounds",
+            std::string("out of bounds ") + verb + " of " + std::to_string(bytes) + " bytes at " + where + " of " +
+                std::to_string(size),
+            offset);
     return nullptr;
   }
   return local ? stack.memory.data() + offset : w.cta->launch.params.data() + offset;
@@ -519,16 +521,16 @@ bool set_atomic_of(Op& op, const std::string& what, const std::string& type) {
   else if (type == "f16x2")
     set_atomic<u32>(op, [](u32 o, u32 a, u32) {
       const auto sum = [](u32 x, u32 y) {
-        return static_cast<u32>(f16_bits(static_cast<double>(to_float(f16{static_cast<u16>(x)})) +
-                                         to_float(f16{static_cast<u16>(y)})));
+        return static_cast<u32>(
+            f16_bits(static_cast<double>(to_float(f16{static_cast<u16>(x)})) + to_float(f16{static_cast<u16>(y)})));
       };
       return sum(o, a) | sum(o >> 16, a >> 16) << 16;
     });
   else if (type == "bf16x2")
     set_atomic<u32>(op, [](u32 o, u32 a, u32) {
       const auto sum = [](u32 x, u32 y) {
-        return static_cast<u32>(bf16_bits(static_cast<double>(to_float(bf16{static_cast<u16>(x)})) +
-                                          to_float(bf16{static_cast<u16>(y)})));
+        return static_cast<u32>(
+            bf16_bits(static_cast<double>(to_float(bf16{static_cast<u16>(x)})) + to_float(bf16{static_cast<u16>(y)})));
       };
       return sum(o, a) | sum(o >> 16, a >> 16) << 16;
     });

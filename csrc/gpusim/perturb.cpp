@@ -19,9 +19,9 @@ struct Error {
 
 const Error* error_of(const Instruction& in) {
   static const std::map<std::string, Error> errors = {
-      {"ex2", {0x1p-22, 0, 0}},        {"rcp", {0x1p-23, 0, 0}},  {"rsqrt", {0x1.12p-23, 0, 0}},  // 2^-22.9
-      {"sqrt", {0x1p-23, 0, 0}},       {"lg2", {0, 0x1p-22, 0}},  {"sin", {0, 0x1p-21, 0}},
-      {"cos", {0, 0x1p-21, 0}},        {"tanh", {0x1p-11, 0, 0}}, {"div", {0, 0, 2}}};
+      {"ex2", {0x1p-22, 0, 0}},  {"rcp", {0x1p-23, 0, 0}},  {"rsqrt", {0x1.12p-23, 0, 0}},  // 2^-22.9
+      {"sqrt", {0x1p-23, 0, 0}}, {"lg2", {0, 0x1p-22, 0}},  {"sin", {0, 0x1p-21, 0}},
+      {"cos", {0, 0x1p-21, 0}},  {"tanh", {0x1p-11, 0, 0}}, {"div", {0, 0, 2}}};
   const bool approximate = in.has("approx") || (in.opcode == "div" && in.has("full"));
   const auto it = errors.find(in.opcode);
   return approximate && in.last() == "f32" && it != errors.end() ? &it->second : nullptr;

@@ -72,7 +72,7 @@ struct Function {
   std::vector<Instruction> body;
   std::map<std::string, int> labels;  // name -> index into body of the instruction that follows
   std::map<std::string, std::vector<std::string>> branch_targets;  // name -> labels, of brx.idx
-  int reqntid = 0;                    // product of .reqntid, 0 for none
+  int reqntid = 0;                                                 // product of .reqntid, 0 for none
 };
 
 struct Module {

@@ -7,8 +7,8 @@
 // Streams      everything is done when a call returns. Events take the host's time: that of the simulation.
 // Errors       a fault of a kernel is printed, and the calls after it return cudaErrorLaunchFailure.
 // Environment  EVA02_GPUSIM="seed=1,order=reverse,threads=2,races=strict,uninit=load,numerics=perturb,budget=1000000,
-//              on_error=exit,report=1,capability=70"; on_error=exit ends the process with status 70 at a fault, report=1
-//              prints what each launch executed, capability is what programs are told that the device has.
+//              on_error=exit,report=1,capability=70"; on_error=exit ends the process with status 70 at a fault,
+//              report=1 prints what each launch executed, capability is what programs are told that the device has.
 // Source       CUDA runtime API, reference manual 13.0; the layout of fat binaries as nvcc 13.0 writes it.
 #include <cuda_runtime_api.h>
 #include <sys/mman.h>
@@ -52,7 +52,7 @@ struct Configuration {
 
 struct Runtime {
   std::vector<std::unique_ptr<LoadedModule>> modules;
-  std::unordered_map<const void*, Kernel> kernels;                                // by the host's function
+  std::unordered_map<const void*, Kernel> kernels;                                   // by the host's function
   std::unordered_map<const void*, std::pair<LoadedModule*, std::string>> variables;  // by the host's shadow
   std::map<u64, Allocation> memory;
   std::vector<Configuration> configurations;
@@ -239,7 +239,8 @@ struct Runtime {
   bool release(u64 base) {
     const auto it = memory.find(base);
     if (it == memory.end()) return false;
-    if (!it->second.host) munmap(reinterpret_cast<void*>(base), std::max<u64>(it->second.size, 1)), allocated -= it->second.size;
+    if (!it->second.host)
+      munmap(reinterpret_cast<void*>(base), std::max<u64>(it->second.size, 1)), allocated -= it->second.size;
     memory.erase(it);
     return true;
   }
@@ -527,7 +528,8 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
   if (device != 0) return runtime().fail(cudaErrorInvalidDevice);
   *p = {};
   snprintf(p->name, sizeof(p->name), "PTX simulator");
-  p->major = runtime().capability / 10, p->minor = runtime().capability % 10, p->warpSize = 32, p->multiProcessorCount = 108;
+  p->major = runtime().capability / 10, p->minor = runtime().capability % 10, p->warpSize = 32,
+  p->multiProcessorCount = 108;
   p->totalGlobalMem = size_t{40} << 30;
   p->sharedMemPerBlock = 49152, p->sharedMemPerBlockOptin = 166912, p->sharedMemPerMultiprocessor = 167936;
   p->reservedSharedMemPerBlock = 1024;
@@ -557,7 +559,8 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const voi
   const gpusim::Kernel* k = gpusim::kernel_of(function);
   if (k == nullptr || threads < 1 || threads > 1024) return runtime().fail(cudaErrorInvalidValue);
   const size_t all = (runtime().program(*k)->static_shared + shared + 127) / 128 * 128 + 1024;
-  *blocks = static_cast<int>(std::min<size_t>({32, 2048 / (static_cast<size_t>(threads + 31) / 32 * 32), 167936 / all}));
+  *blocks =
+      static_cast<int>(std::min<size_t>({32, 2048 / (static_cast<size_t>(threads + 31) / 32 * 32), 167936 / all}));
   return runtime().done();
 }
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void* function, int threads,
@@ -592,7 +595,8 @@ const char* cudaGetErrorName(cudaError_t error) {
 }
 const char* cudaGetErrorString(cudaError_t error) {
   if (error == cudaSuccess) return "no error";
-  return error == cudaErrorLaunchFailure && !runtime().fault.empty() ? runtime().fault.c_str() : cudaGetErrorName(error);
+  return error == cudaErrorLaunchFailure && !runtime().fault.empty() ? runtime().fault.c_str()
+                                                                     : cudaGetErrorName(error);
 }
 
 }  // extern "C"

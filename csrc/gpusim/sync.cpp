@@ -107,8 +107,7 @@ bool write_alike(Cta& cta, Warp& w, const Op& op, int lane, u32 o, const u8* dat
       const u32* run = &cta.reader_of_warp[i * cta.shared.size() + o];
       if (!uniform<N>(run) || (run[0] != 0 && !before(w, lane, run[0]))) return false;
     }
-    for (size_t i = 0; i < cta.warps.size(); ++i)
-      memset(&cta.reader_of_warp[i * cta.shared.size() + o], 0, 4 * N);
+    for (size_t i = 0; i < cta.warps.size(); ++i) memset(&cta.reader_of_warp[i * cta.shared.size() + o], 0, 4 * N);
     memset(&cta.many_readers[o], 0, N);
   }
   if (data != nullptr) {
@@ -247,7 +246,6 @@ void Cta::update_shared(Warp& w, const Op& op, int lane, u32 offset, u32 bytes) 
   }
 }
 
-
 // ---- tensors
 namespace {
 
@@ -285,12 +283,12 @@ bool follow_read(Warp& w, const Op& op, int lane, Region& r, u64 offset, u32 byt
     if (wrote != 0) {
       const bool strong = op.strong && launch.program.ops[s.writer_op[b]].strong;
       if (op.read_only || (!strong && !before_in_grid(w, lane, wrote))) {
-        const std::string what =
-            op.read_only ? "race: a read-only (.nc) load of bytes that this launch wrote, byte " + std::to_string(b) +
-                               " of " + r.name
-                         : "race: byte " + std::to_string(b) + " of " + r.name + " was written by " +
-                               who_in_grid(w, wrote) + " and is read by CTA " + std::to_string(w.cta->linear) +
-                               " with no order between";
+        const std::string what = op.read_only
+                                     ? "race: a read-only (.nc) load of bytes that this launch wrote, byte " +
+                                           std::to_string(b) + " of " + r.name
+                                     : "race: byte " + std::to_string(b) + " of " + r.name + " was written by " +
+                                           who_in_grid(w, wrote) + " and is read by CTA " +
+                                           std::to_string(w.cta->linear) + " with no order between";
         if (op.read_only || wrote >> 32 != me >> 32 || op.num_dst == 0 || op.apply != nullptr) {
           w.fault(op, lane, "race", what, r.base + b, &r, s.writer_op[b]);
           return true;
@@ -448,9 +446,9 @@ u64 mbarrier(u64 phase, u64 expected, u64 pending) { return phase << 63 | expect
 // The barrier at a lane's address, or nullptr after a fault.
 u64* barrier_at(Warp& w, const Op& op, int lane, u32& offset) {
   const Reg& r = op.regs[op.num_dst];
-  const u64 address =
-      (op.wide_address ? reinterpret_cast<u64*>(w.file + r.value)[lane] : reinterpret_cast<u32*>(w.file + r.value)[lane]) +
-      static_cast<u64>(op.imm);
+  const u64 address = (op.wide_address ? reinterpret_cast<u64*>(w.file + r.value)[lane]
+                                       : reinterpret_cast<u32*>(w.file + r.value)[lane]) +
+                      static_cast<u64>(op.imm);
   const u64 at = (op.wide_address ? address : static_cast<u32>(address)) & (kSharedWindow - 1);
   if (at % 8 != 0) {
     w.fault(op, lane, "misaligned", "misaligned mbarrier at shared byte " + std::to_string(at), at);

@@ -94,9 +94,7 @@ void vote(Warp& w, const Op& op, u32 mask) {
   // regs: d, predicate, membermask; imm: mode, bit 2: of the predicate's complement
   require(w, op, 1, mask, 1, "a vote");
   u32 p = 0;
-  for_each_op(w, op, mask, [&](const Op& o, u32 m) {
-    p |= (*w.reg<u32>(o, 1) ^ (o.imm & 4 ? kAllLanes : 0)) & m;
-  });
+  for_each_op(w, op, mask, [&](const Op& o, u32 m) { p |= (*w.reg<u32>(o, 1) ^ (o.imm & 4 ? kAllLanes : 0)) & m; });
   const i64 mode = op.imm & 3;
   if (mode == kBallot) {
     u32 values[kLanes];

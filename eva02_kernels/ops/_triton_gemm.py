@@ -147,7 +147,7 @@ def _store_hidden(y, rows, cols, M, ptr, stride, N: tl.constexpr, COLS: tl.const
 @triton.jit
 def _activation_gradient(
     dhidden, rows, cols, M, gate_ptr, up_ptr, dgate_ptr, dup_ptr, hidden_ptr, stride_gate, stride_dgate, stride_hidden,
-    N: tl.constexpr, COLS: tl.constexpr,
+    N: tl.constexpr, COLS: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
     """Store the gradients of gate and up for that of silu(gate) * up, or without up that of gate for gelu(gate), and
     the activation itself; returns the gradients, zero beyond the last row and column."""
@@ -157,7 +157,7 @@ def _activation_gradient(
     gate = tl.load(gate_ptr + offsets, mask=there, other=0.0).to(tl.float32)
     if up_ptr is not None:
         up = tl.load(up_ptr + offsets, mask=there, other=0.0).to(tl.float32)
-        silu, slope = silu_and_slope(gate)
+        silu, slope = silu_and_slope(gate, PRECISE)
         hidden = silu * up
         dgate = tl.where(keep, dhidden * up * slope, 0.0)
         dup = tl.where(keep, dhidden * silu, 0.0)
@@ -219,6 +219,7 @@ def _activate_kernel(
     gate, up = products(a_ptr, w_gate_ptr, w_up_ptr, rows, cols, M, stride_a, stride_w, N, K, True, BLOCK_M, BLOCK_N,
                         BLOCK_K, PRECISION)  # fmt: skip
     gates, ups = column_halves(gate), column_halves(up)
+    PRECISE: tl.constexpr = a_ptr.dtype.element_ty == tl.float32 and PRECISION == "ieee"
     for half in tl.static_range(2):
         cols = tile_n * BLOCK_N + half * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
         gate = add_columns(gates[half], b_gate_ptr, cols, N)
@@ -229,7 +230,7 @@ def _activate_kernel(
             if GELU:
                 hidden, _ = gelu_and_slope(gate)
             else:
-                silu, _ = silu_and_slope(gate)
+                silu, _ = silu_and_slope(gate, PRECISE)
                 hidden = silu * up
             _store_hidden(hidden, rows, cols, M, hidden_ptr, stride_hidden, N, COLS)
 
@@ -245,7 +246,7 @@ def _activate_rows_kernel(
     offsets = row_offsets(rows, stride_gate) + cols[None, :]
     gate = tl.load(gate_ptr + offsets, mask=there, other=0.0).to(tl.float32)
     if up_ptr is not None:
-        silu, _ = silu_and_slope(gate)
+        silu, _ = silu_and_slope(gate, gate_ptr.dtype.element_ty == tl.float32)
         hidden = silu * tl.load(up_ptr + offsets, mask=there, other=0.0).to(tl.float32)
     else:
         hidden, _ = gelu_and_slope(gate)
@@ -265,10 +266,11 @@ def _hidden_gradient_kernel(
     dhidden, _ = products(a_ptr, b_ptr, None, rows, cols, M, stride_a, stride_b, COLS, K, False, BLOCK_M, BLOCK_N,
                           BLOCK_K, PRECISION)  # fmt: skip
     halves = column_halves(dhidden)
+    PRECISE: tl.constexpr = gate_ptr.dtype.element_ty == tl.float32 and PRECISION == "ieee"
     for half in tl.static_range(2):
         cols = tile_n * BLOCK_N + half * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
         dgate, dup = _activation_gradient(halves[half], rows, cols, M, gate_ptr, up_ptr, dgate_ptr, dup_ptr, hidden_ptr,
-                                          stride_gate, stride_dgate, stride_hidden, N, COLS)  # fmt: skip
+                                          stride_gate, stride_dgate, stride_hidden, N, COLS, PRECISE)  # fmt: skip
         if gate_sum_ptr is not None:
             tl.store(gate_sum_ptr + tile_m * N + cols, tl.sum(dgate, 0), mask=cols < N)
         if up_sum_ptr is not None:
@@ -285,7 +287,8 @@ def _hidden_gradient_rows_kernel(
     there = (rows < M)[:, None] & (cols < COLS)[None, :]
     dhidden = tl.load(dhidden_ptr + row_offsets(rows, stride_dhidden) + cols[None, :], mask=there, other=0.0)
     _activation_gradient(dhidden.to(tl.float32), rows, cols, M, gate_ptr, up_ptr, dgate_ptr, dup_ptr, hidden_ptr,
-                         stride_gate, stride_dgate, stride_hidden, N, COLS)  # fmt: skip
+                         stride_gate, stride_dgate, stride_hidden, N, COLS,
+                         gate_ptr.dtype.element_ty == tl.float32)  # fmt: skip
 
 
 @triton.jit

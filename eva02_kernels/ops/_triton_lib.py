@@ -32,9 +32,11 @@ def row_offsets(rows, stride):
 
 
 @triton.jit
-def over(sums, N: tl.constexpr):
-    """Sums of rows divided by their length; rounded, not approximated: an error here is one of the whole row."""
-    return tl.div_rn(sums, tl.full(sums.shape, N, tl.float32))
+def inverse_sqrt(x):
+    """1 / sqrt(x), float32. A GPU's is an approximation, whose error would be one of a whole row: a step of Newton's."""
+    r = tl.rsqrt(x)
+    step = tl.fma(-0.5 * x * r, r, 0.5)
+    return tl.where(step == step, tl.fma(r, step, r), r)  # no step at 0 and infinity
 
 
 @triton.jit
@@ -45,31 +47,39 @@ def mean_and_rstd(x, keep, N: tl.constexpr, eps, RMS: tl.constexpr):
         mean = tl.zeros([x.shape[0]], tl.float32)
         centred = x
     else:
-        mean = over(tl.sum(x, 1), N)
+        mean = tl.sum(x, 1) * (1.0 / N)
         centred = tl.where(keep, x - mean[:, None], 0.0)
-    variance = over(tl.sum(centred * centred, 1), N)
-    return mean, tl.div_rn(1.0, tl.sqrt_rn(variance + tl.cast(eps, tl.float32)))
+    variance = tl.sum(centred * centred, 1) * (1.0 / N)
+    return mean, inverse_sqrt(variance + tl.cast(eps, tl.float32))
 
 
 @triton.jit
 def norm_input_gradient(dnormed, normed, rstd, keep, N: tl.constexpr, RMS: tl.constexpr):
     """Gradient of a normalisation's input; ``dnormed`` is that of its output before weight and bias."""
     dnormed = tl.where(keep, dnormed, 0.0)
-    along = over(tl.sum(dnormed * tl.where(keep, normed, 0.0), 1), N)
+    along = tl.sum(dnormed * tl.where(keep, normed, 0.0), 1) * (1.0 / N)
     d = dnormed - normed * along[:, None]
     if not RMS:
-        d -= over(tl.sum(dnormed, 1), N)[:, None]
+        d -= (tl.sum(dnormed, 1) * (1.0 / N))[:, None]
     return d * rstd[:, None]
 
 
 @triton.jit
-def silu_and_slope(gate):
-    """silu(gate) and its derivative, float32."""
-    # A GPU's quotient is 2 units in the last place off, and a step of Newton's makes it less than one. The limit keeps
-    # the step finite: it changes sigmoids under 1.2e-38.
-    below = 1.0 + tl.minimum(tl.exp(-gate), 8.5e37)
-    sigmoid = 1.0 / below
-    sigmoid = tl.fma(sigmoid, tl.fma(-below, sigmoid, 1.0), sigmoid)
+def silu_and_slope(gate, PRECISE: tl.constexpr):
+    """silu(gate) and its derivative, float32; precise for results that are stored so."""
+    if PRECISE:
+        # exp(x) = 2^p (1 + rest ln 2), where p + rest is x log2(e) to more digits than p has. The limits keep all of it
+        # finite and change sigmoids under 1.7e-38.
+        x = tl.minimum(tl.maximum(-gate, -104.0), 87.0)
+        p = x * 1.4426950216293335
+        rest = tl.fma(x, 1.4426950216293335, -p) + x * 1.925963033500e-08
+        power = tl.exp2(p)
+        below = 1.0 + tl.fma(power, rest * 0.6931471805599453, power)
+        # A GPU's quotient is 2 units in the last place off, and a step of Newton's makes it less than one.
+        sigmoid = 1.0 / below
+        sigmoid = tl.fma(sigmoid, tl.fma(-below, sigmoid, 1.0), sigmoid)
+    else:
+        sigmoid = 1.0 / (1.0 + tl.exp(-gate))
     silu = gate * sigmoid
     return silu, sigmoid + silu * (1.0 - sigmoid)
 

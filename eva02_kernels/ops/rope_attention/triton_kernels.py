@@ -26,7 +26,7 @@ from torch import Tensor
 from eva02_kernels import _launch, _triton
 from eva02_kernels._launch import Choice
 from eva02_kernels.ops._common import contiguous, last_dense
-from eva02_kernels.ops._triton_lib import INTERPRETED, column_sums, dot, parameter_partials
+from eva02_kernels.ops._triton_lib import INTERPRETED, column_sums, dot, inverse_sqrt, parameter_partials
 from eva02_kernels.ops._triton_rope import (
     ROPE_INTEGERS,
     load_cos_sin,
@@ -131,7 +131,7 @@ def _load_prepared(
             squares = tl.sum(a0 * a0 + b0 * b0, 1)
             if P1 > 0:
                 squares += tl.sum(a1 * a1 + b1 * b1, 1)
-            rstd = tl.div_rn(1.0, tl.sqrt_rn(squares / (2 * HALF) + tl.cast(norm_eps, tl.float32)))[:, None]
+            rstd = inverse_sqrt(squares / (2 * HALF) + tl.cast(norm_eps, tl.float32))[:, None]
             wa, wb = _norm_weight(norm_ptr, 0, P0, HALF, INTERLEAVED)
             a0 *= rstd * wa
             b0 *= rstd * wb
@@ -194,7 +194,7 @@ def _store_gradient(
                 xa1 = xa1.to(tl.float32)
                 xb1 = xb1.to(tl.float32)
                 squares += tl.sum(xa1 * xa1 + xb1 * xb1, 1)
-            rstd = tl.div_rn(1.0, tl.sqrt_rn(squares / (2 * HALF) + tl.cast(norm_eps, tl.float32)))[:, None]
+            rstd = inverse_sqrt(squares / (2 * HALF) + tl.cast(norm_eps, tl.float32))[:, None]
             xa0 *= rstd
             xb0 *= rstd
             own_row = tl.zeros([1, 1], tl.int64)

@@ -41,7 +41,7 @@ def _subln_swiglu_fwd_kernel(
     keep = (cols < N)[None, :]
     gate = tl.load(gate_ptr + row_offsets(rows, stride_gate) + cols[None, :], mask=there, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row_offsets(rows, stride_up) + cols[None, :], mask=there, other=0.0).to(tl.float32)
-    silu, _ = silu_and_slope(gate)
+    silu, _ = silu_and_slope(gate, gate_ptr.dtype.element_ty == tl.float32)
     hidden = silu * up
     mean, rstd = mean_and_rstd(hidden, keep, N, eps, False)
     weight = tl.load(weight_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
@@ -72,7 +72,7 @@ def _subln_swiglu_bwd_kernel(
         up = tl.load(up_ptr + row_offsets(rows, stride_up) + cols[None, :], mask=there, other=0.0).to(tl.float32)
         mean = tl.load(mean_ptr + rows, mask=rows < M, other=0.0)
         rstd = tl.load(rstd_ptr + rows, mask=rows < M, other=0.0)
-        silu, slope = silu_and_slope(gate)
+        silu, slope = silu_and_slope(gate, gate_ptr.dtype.element_ty == tl.float32)
         normed = (silu * up - mean[:, None]) * rstd[:, None]
         normed = tl.where(keep, normed, 0.0)
         dout = tl.where(keep, dout, 0.0)

@@ -31,7 +31,7 @@ def _swiglu_fwd_kernel(
     keep = (rows < M)[:, None] & (cols < N)[None, :]
     gate = tl.load(gate_ptr + row_offsets(rows, stride_gate) + cols[None, :], mask=keep, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row_offsets(rows, stride_up) + cols[None, :], mask=keep, other=0.0).to(tl.float32)
-    silu, _ = silu_and_slope(gate)
+    silu, _ = silu_and_slope(gate, gate_ptr.dtype.element_ty == tl.float32)
     out = (silu * up).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row_offsets(rows, stride_out) + cols[None, :], out, mask=keep)
 
@@ -48,7 +48,7 @@ def _swiglu_bwd_kernel(
     dout = tl.load(dout_ptr + row_offsets(rows, stride_dout) + cols[None, :], mask=keep, other=0.0).to(tl.float32)
     gate = tl.load(gate_ptr + row_offsets(rows, stride_gate) + cols[None, :], mask=keep, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row_offsets(rows, stride_up) + cols[None, :], mask=keep, other=0.0).to(tl.float32)
-    silu, slope = silu_and_slope(gate)
+    silu, slope = silu_and_slope(gate, gate_ptr.dtype.element_ty == tl.float32)
     dgate = (dout * up * slope).to(dgate_ptr.dtype.element_ty)
     dup = (dout * silu).to(dup_ptr.dtype.element_ty)
     tl.store(dgate_ptr + row_offsets(rows, stride_dgate) + cols[None, :], dgate, mask=keep)

@@ -34,6 +34,7 @@ class Traffic:
     stored_bytes: int
     loaded_sectors: int
     stored_sectors: int
+    storage: int = 0  # address of its first byte on the host
 
 
 @dataclass

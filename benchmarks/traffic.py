@@ -1,0 +1,150 @@
+"""Bytes that one EVA-02 block moves, counted: our compiled kernels on the PTX simulator, and timm's block in PyTorch.
+
+What the second of two samples adds: weights and their gradients, which do not depend on the batch, drop out. Distinct
+bytes: what a launch reads or writes at least once. Requested bytes: sectors of 32 that the warps' accesses touch, without
+a cache, repeated reads of weights included. torch's own kernels (cuBLAS products) read and write each tensor once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import eva02_kernels
+from benchmarks.kernels import CASES, MODELS, Case, counting
+from eva02_kernels._registry import get_spec
+from eva02_kernels.bench.machine import environment
+from eva02_kernels.bench.report import print_table, write_json
+from eva02_kernels.testing import executing
+from eva02_kernels.testing.gpusim import Report
+
+# What a block with sub-LN consists of, in its order.
+BLOCK = (("qkv_rope", "block"), ("rope_attention_packed", "rotated"), ("linear", "residual"), ("swiglu_mlp", "block"))
+TIMM = {"base": "eva02_base_patch14_224.mim_in22k", "large": "eva02_large_patch14_224.mim_in22k"}
+
+
+class Tensors(TorchDispatchMode):
+    """Bytes of the tensors that torch's kernels read and write; views are none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        if not is_view and not func.overloadpacket.__name__.startswith(("empty", "new_empty", "detach")):
+            written = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+            read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+            read = [t for t in read if all(t is not w for w in written)]
+            self.bytes += sum(t.numel() * t.element_size() for t in (*read, *written))
+        return result
+
+
+@dataclasses.dataclass
+class Moved:
+    """Bytes of one direction."""
+
+    formula: int = 0
+    distinct: int = 0
+    requested: int = 0
+
+    def __add__(self, other: Moved) -> Moved:
+        return Moved(self.formula + other.formula, self.distinct + other.distinct, self.requested + other.requested)
+
+    def __sub__(self, other: Moved) -> Moved:
+        return Moved(self.formula - other.formula, self.distinct - other.distinct, self.requested - other.requested)
+
+
+def _fill(tensors: list[Tensor]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for t in tensors:
+            t.copy_(torch.randn(t.shape, generator=generator) * (0.02 if t.ndim == 2 else 1))
+
+
+def _backward(outputs: Any, leaves: list[Tensor]) -> None:
+    out = [o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if o.requires_grad]
+    torch.autograd.grad(out, leaves, [torch.ones_like(o) for o in out], allow_unused=True)
+
+
+def _count(case: Case, model: str, batch: int) -> dict[str, Moved]:
+    i = case.inputs(model, torch.bfloat16, batch=batch)
+    args, kwargs = case.make(i)
+    _fill(i.leaves)
+    spec, reports, calls = get_spec(case.op), [], Tensors()
+
+    def so_far() -> tuple[int, int]:
+        return (
+            calls.bytes + sum(t.loaded_bytes + t.stored_bytes for r in reports for t in r.traffic.values()),
+            calls.bytes + 32 * sum(r.counters.global_load_sectors + r.counters.global_store_sectors for r in reports),
+        )
+
+    def keep(report: Report) -> None:
+        reports.append(report)
+
+    with executing("simulator", on_report=keep), counting(calls):
+        outputs = getattr(eva02_kernels, case.op)(*args, **kwargs, backend="triton")
+        forward = so_far()
+        _backward(outputs, i.leaves)
+    both = so_far()
+    least = spec.bytes_moved(*spec.canonical(*args, **kwargs))
+    return {
+        "fwd": Moved(least[0], *forward),
+        "bwd": Moved(least[1], *(b - f for b, f in zip(both, forward, strict=True))),
+    }
+
+
+def count(case: Case, model: str) -> dict[str, Moved]:
+    """What one more sample makes an operator move, forward and backward, in bfloat16."""
+    one, two = _count(case, model, 1), _count(case, model, 2)
+    return {direction: two[direction] - one[direction] for direction in one}
+
+
+def eager_block(model: str) -> int:
+    """The same of timm's block, forward and backward."""
+    import timm
+
+    vit = timm.create_model(TIMM[model], depth=1).to(torch.bfloat16)
+    rope = vit.rope.get_embed()
+
+    def moved(batch: int) -> int:
+        x = torch.randn(batch, 257, vit.embed_dim, dtype=torch.bfloat16, requires_grad=True)
+        with Tensors() as calls:
+            _backward(vit.blocks[0](x, rope=rope), [x, *vit.blocks[0].parameters()])
+        return calls.bytes
+
+    return moved(2) - moved(1)
+
+
+def print_traffic(json: Path | None = None, progress: Callable[[str], None] = print) -> None:
+    """The table of one block for B and L, and a JSON of it."""
+    rows = []
+    for model in TIMM:
+        unit = 2 * 257 * MODELS[model].dim  # T of the model's description: one activation
+        lines, total = [], Moved()
+        for op, name in BLOCK:
+            case = next(c for c in CASES if (c.op, c.name) == (op, name))
+            for direction, moved in count(case, model).items():
+                rows.append({"model": model, "op": op, "direction": direction, **dataclasses.asdict(moved)})
+                lines.append([op, direction, *(f"{n / unit:.1f}" for n in dataclasses.astuple(moved))])
+                total += moved
+            progress(f"{model} {op} counted")
+        eager = eager_block(model)
+        rows.append({"model": model, "op": "block", "direction": "both", **dataclasses.asdict(total), "eager": eager})
+        lines.append(["block", "both", *(f"{n / unit:.1f}" for n in dataclasses.astuple(total))])
+        lines.append(["timm's block", "both", "", f"{eager / unit:.1f}", ""])
+        title = (
+            f"{model}, bfloat16, in T = {unit} bytes a sample: {total.distinct / eager:.3f} of timm's distinct bytes"
+        )
+        print_table(title, ("op", "direction", "formula", "distinct", "requested"), lines)
+    if json:
+        write_json(json, {"environment": environment("cpu"), "rows": rows})
+        print(f"wrote {json}")
