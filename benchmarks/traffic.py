@@ -1,8 +1,8 @@
 """Bytes that one EVA-02 block moves, counted: our compiled kernels on the PTX simulator, and timm's block in PyTorch.
 
 What the second of two samples adds: weights and their gradients, which do not depend on the batch, drop out. Distinct
-bytes: what a launch reads or writes at least once. Requested bytes: sectors of 32 that the warps' accesses touch, without
-a cache, repeated reads of weights included. torch's own kernels (cuBLAS products) read and write each tensor once.
+bytes: what a launch reads or writes at least once. Requested bytes: sectors of 32 that the warps' accesses touch,
+without a cache, with repeated reads of weights. torch's own kernels (cuBLAS products) read and write a tensor once.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def row_offsets(rows, stride):
 
 @triton.jit
 def inverse_sqrt(x):
-    """1 / sqrt(x), float32. A GPU's is an approximation, whose error would be one of a whole row: a step of Newton's."""
+    """1 / sqrt(x), float32. A GPU approximates it; a step of Newton's, for its error would be that of a whole row."""
     r = tl.rsqrt(x)
     step = tl.fma(-0.5 * x * r, r, 0.5)
     return tl.where(step == step, tl.fma(r, step, r), r)  # no step at 0 and infinity

@@ -1,7 +1,8 @@
 """A PTX simulator: runs compiled GPU kernels on the CPU, over ordinary tensors, checks every access and counts them.
 
 ``run_triton`` compiles a Triton kernel and runs it, ``run_ptx`` runs PTX text, ``driver`` makes plain Triton launches
-run, ``check`` lists what is not supported, ``nvcc.build`` compiles CUDA C++ with its host code. The core is C++ (``csrc/gpusim``) and is built by ``make gpusim``.
+run, ``check`` lists what is not supported, ``nvcc.build`` compiles CUDA C++ with its host code. The core is C++
+(``csrc/gpusim``) and is built by ``make gpusim``.
 """
 
 from eva02_kernels.testing.gpusim import nvcc

@@ -88,17 +88,18 @@ def options(
 
     Args:
         seed: of the order in which warps run, and of ``order="random"``. 0 runs warps by their number.
-        threads: of the host, among which the CTAs are shared (default: this machine's, at most 4). Results, counters and
-            faults do not depend on it; kernels that order their CTAs themselves (atomics, acquire, release) run on one.
+        threads: of the host, among which the CTAs are shared (default: this machine's, at most 4). Results, counters
+            and faults do not depend on it; kernels that order their CTAs themselves (atomics, acquire, release) run on
+            one.
         order: of CTAs: ``"in"``, ``"reverse"`` or ``"random"``, among those that a GPU holds together where they wait
             for each other.
         outputs: tensors that hold nothing yet: they must be written completely and not be used before.
         bounds: ``"storage"``: a tensor's whole storage may be accessed; ``"view"``: its own elements alone.
         races: look for them; ``"strict"``: equal values written by two CTAs are one too.
         uninit: ``"use"``: unwritten bytes may be loaded, not used; ``"load"``: not loaded either; False: not followed.
-        numerics: ``"exact"``: each operation as PTX defines it, rounded once; ``"perturb"``: what a GPU may do otherwise,
-            by the seed: approximate functions within PTX's stated error, products fused with sums, truncating matrix
-            products, another winner among lanes that collide.
+        numerics: ``"exact"``: each operation as PTX defines it, rounded once; ``"perturb"``: what a GPU may do
+            otherwise, by the seed: approximate functions within PTX's stated error, products fused with sums,
+            truncating matrix products, another winner among lanes that collide.
         budget: instructions that a warp may execute (0: 2 billion).
         on_error: ``"raise"`` the first, or ``"collect"`` one of each kind and instruction in ``report.errors``.
     """
