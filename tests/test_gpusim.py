@@ -9,7 +9,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from ptx import needs_core, run, source
+from ptx import marked_line, needs_core, run, source
 
 import eva02_kernels
 from eva02_kernels.testing import executing, gpusim
@@ -313,3 +313,63 @@ def test_an_operators_traffic_is_its_minimum():
     assert (
         report.counters.global_load_sectors == (x.nbytes + 64 * weight.nbytes) // 32
     )  # each row reads the weight again
+
+
+# ---- host threads, perturbed numerics
+def _outcome(body, **options):
+    a, b = torch.arange(64, dtype=torch.float32), torch.zeros(64 * 8)
+    with gpusim.options(**options):
+        report = run(body, a, b, threads=64, ctas=8)
+    return b, report
+
+
+def test_host_threads_change_neither_bits_nor_counters():
+    body = (
+        "ld.global.f32 %f1, [%d4];\nex2.approx.f32 %f2, %f1;\nmul.wide.u32 %d6, %r5, 256;\nadd.u64 %d6, %d6, %d5;\n"
+        "st.global.f32 [%d6], %f2;\nst.global.f32 [%d2], 0f3f800000;"
+    )
+    one, two, three = (_outcome(body, threads=n, seed=5) for n in (1, 2, 3))
+    assert torch.equal(one[0], two[0]) and torch.equal(one[0], three[0])
+    assert one[1].counters == two[1].counters == three[1].counters
+    assert one[1].counters.collisions > 0
+    # Where each tensor lies on the host is no part of it.
+    assert [t[:4] if isinstance(t, tuple) else t for t in one[1].traffic] == list(two[1].traffic)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_race_of_ctas_is_found_by_any_number_of_host_threads(threads):
+    body = (
+        "mul.wide.u32 %d6, %r5, 4;\nadd.u64 %d6, %d6, %d2;\nst.global.b32 [%d6], %r5;\nld.global.b32 %r7, [%d2]; // <-"
+    )
+    with pytest.raises(gpusim.RaceError) as caught, gpusim.options(threads=threads):
+        run(body, torch.zeros(8), torch.zeros(8), threads=1, ctas=3)
+    line = marked_line(source(body))
+    assert line in (caught.value.line, caught.value.other_line)
+    assert caught.value.tensor == "b" and caught.value.cta[0] > 0
+
+
+def test_perturbed_numerics_stay_within_the_stated_errors():
+    body = (
+        "ld.global.f32 %f1, [%d4];\nadd.f32 %f1, %f1, 0f3f800000;\nrcp.approx.f32 %f2, %f1;\nst.global.f32 [%d5], %f2;"
+    )
+    exact, _ = _outcome(body)
+    moved, _ = _outcome(body, numerics="perturb")
+    assert not torch.equal(exact, moved)
+    true = 1 / (torch.arange(64, dtype=torch.float64) + 1)
+    assert ((moved[:64].double() - true).abs() <= 2**-23 * true).all()
+    again, _ = _outcome(body, numerics="perturb")
+    other, _ = _outcome(body, numerics="perturb", seed=1)
+    assert torch.equal(moved, again) and not torch.equal(moved, other)
+
+
+def test_products_are_fused_with_sums_where_ptx_leaves_it_open():
+    def result(rounding, numerics):
+        body = (
+            "mov.f32 %f1, 0f3f800800;\n"  # 1 + 2^-12: its square is 1 + 2^-11 and a bit that float32 drops
+            f"mul{rounding}.f32 %f2, %f1, %f1;\nadd.f32 %f3, %f2, 0fbf801000;\nst.global.f32 [%d5], %f3;"
+        )
+        return _outcome(body, numerics=numerics)[0][0].item()
+
+    assert result("", "exact") == 0
+    assert result("", "perturb") == 2**-24
+    assert result(".rn", "perturb") == 0

@@ -435,3 +435,100 @@ mul.wide.u32 %d2, %r8, 4; add.u64 %d2, %d2, %d1; st.global.b32 [%d2], %r8; ret;
 }"""
     gpusim.run_ptx(text, "kernel", grid=(3, 2, 1), block=(4, 2, 1), args=[out])
     assert out.flatten().tolist() == list(range(48))
+
+
+# ---- carries, and what few programs use
+def test_carries_make_wide_sums():
+    values = torch.tensor([0, 1, 2**32 - 1, -(2**63), -1, 0x123456789ABCDEF0])
+    a, b = (t.flatten() for t in torch.meshgrid(values, values, indexing="ij"))
+    split = "mov.b64 {%r20, %r21}, $0;\nmov.b64 {%r22, %r23}, $1;\n"
+    for name, model in (("add", a + b), ("sub", a - b)):
+        text = split + f"{name}.cc.u32 %r24, %r20, %r22;\n{name}c.u32 %r25, %r21, %r23;\nmov.b64 $d, {{%r24, %r25}};"
+        assert torch.equal(apply(text, "s64", [("s64", a), ("s64", b)]), model)  # both wrap
+
+
+def test_carries_make_wide_products():
+    values = [0, 1, 2**32 - 1, 2**31, 0x9E3779B9]
+    pairs = [(x, y, z) for x in values for y in values for z in (0, 1, 2**64 - 1, 2**63)]
+    a, b = (torch.tensor([p[i] for p in pairs], dtype=torch.uint32) for i in range(2))
+    c = torch.tensor([p[2] - 2**64 if p[2] >= 2**63 else p[2] for p in pairs])
+    text = (
+        "mov.b64 {%r22, %r23}, $2;\nmad.lo.cc.u32 %r24, $0, $1, %r22;\nmadc.hi.u32 %r25, $0, $1, %r23;\n"
+        "mov.b64 $d, {%r24, %r25};"
+    )
+    got = apply(text, "s64", [("u32", a), ("u32", b), ("s64", c)]).tolist()
+    assert [g % 2**64 for g in got] == [(x * y + z) % 2**64 for x, y, z in pairs]
+
+
+def test_a_comparison_as_a_number():
+    a, b = (t.flatten() for t in torch.meshgrid(_floats(), _floats(), indexing="ij"))
+    assert torch.equal(apply("set.lt.u32.f32", "u32", [("f32", a), ("f32", b)]), _flags(a < b, 2**32 - 1))
+    assert torch.equal(apply("set.geu.f32.f32", "f32", [("f32", a), ("f32", b)]), (~(a < b)).float())
+    h, k = a.half(), b.half()
+    assert torch.equal(apply("set.eq.f16.f16", "f16", [("f16", h), ("f16", k)]), (h == k).half())
+
+
+def _floats():
+    return torch.tensor([0.0, -0.0, 1.0, -1.0, math.inf, -math.inf, math.nan, 1e-45])
+
+
+def _flags(condition, value):
+    return torch.where(condition, value, 0).to(torch.uint32)
+
+
+def test_comparisons_flush_where_asked():
+    a, b = torch.tensor([1e-45, 1e-45, 1.0]), torch.tensor([0.0, 1e-44, 2.0])
+    for suffix, expected in (("", [0, 1, 1]), (".ftz", [0, 0, 1])):
+        text = f"setp.lt{suffix}.f32 %p1, $0, $1;\nselp.b32 $d, 1, 0, %p1;"
+        assert apply(text, "u32", [("f32", a), ("f32", b)]).tolist() == expected
+
+
+def test_small_dot_products_and_differences():
+    rng = np.random.default_rng(0)
+    a, b = (torch.from_numpy(rng.integers(0, 2**32, 64, dtype=np.uint32)) for _ in range(2))
+    ints = list(zip(a.tolist(), b.tolist(), strict=True))
+    low = [((x & 0xFFFF) * (y & 255) + (x >> 16) * (y >> 8 & 255) + 7) % 2**32 for x, y in ints]
+    high = [((x & 0xFFFF) * (y >> 16 & 255) + (x >> 16) * (y >> 24) + 7) % 2**32 for x, y in ints]
+    assert apply("dp2a.lo.u32.u32 $d, $0, $1, 7;", "u32", [("u32", a), ("u32", b)]).tolist() == low
+    assert apply("dp2a.hi.u32.u32 $d, $0, $1, 7;", "u32", [("u32", a), ("u32", b)]).tolist() == high
+    differences = [sum(abs((x >> i & 255) - (y >> i & 255)) << i for i in (0, 8, 16, 24)) for x, y in ints]
+    assert apply("vabsdiff4.u32.u32.u32 $d, $0, $1, 0;", "u32", [("u32", a), ("u32", b)]).tolist() == differences
+
+
+def test_the_nth_set_bit():
+    bits = torch.full((6,), 0b10110, dtype=torch.uint32)
+    base, n = torch.tensor([0, 0, 2, 4, 2, 1]).to(torch.uint32), torch.tensor([1, 3, 1, -1, -2, 0], dtype=torch.int32)
+    got = apply("fns.b32 $d, $0, $1, $2;", "u32", [("u32", bits), ("u32", base), ("s32", n)])
+    assert got.tolist() == [1, 4, 2, 4, 1, 1]
+
+
+def test_lanes_with_equal_values_find_each_other():
+    a, b = (torch.arange(32) % 3).to(torch.int32), torch.zeros(32, dtype=torch.int32)
+    run("ld.global.b32 %r7, [%d4];\nmatch.any.sync.b32 %r8, %r7, -1;\nst.global.b32 [%d5], %r8;", a, b, threads=32)
+    expected = [sum(1 << k for k in range(32) if k % 3 == i % 3) for i in range(32)]
+    assert [v % 2**32 for v in b.tolist()] == expected
+    text = "match.all.sync.b32 %r8|%p1, 5, -1;\nselp.b32 %r8, %r8, 0, %p1;\nst.global.b32 [%d5], %r8;"
+    run(text, a, b, threads=32)
+    assert b.tolist() == [-1] * 32
+
+
+def test_a_product_of_bytes():
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(-128, 128, (8, 16), generator=generator, dtype=torch.int8) for _ in range(2))
+    c = torch.randint(-1000, 1000, (8, 8), generator=generator, dtype=torch.int32)
+    # Lane 4 i + j holds bytes 4 j of row i of A, of column i of B, and elements 2 j of row i of C.
+    memory = torch.cat(
+        [
+            a.reshape(-1).view(torch.int32),
+            b.reshape(-1).view(torch.int32),
+            c[:, ::2].reshape(-1),
+            c[:, 1::2].reshape(-1),
+        ]
+    )
+    out = torch.zeros(2, 32, dtype=torch.int32)
+    loads = "".join(f"ld.global.b32 %r{10 + i}, [%d4+{128 * i}];\n" for i in range(4))
+    run(f"{loads}mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {{%r20, %r21}}, {{%r10}}, {{%r11}}, {{%r12, %r13}};\n"
+        "st.global.b32 [%d5], %r20;\nst.global.b32 [%d5+128], %r21;", memory, out, threads=32)  # fmt: skip
+    expected = a.int() @ b.int().mT + c
+    assert torch.equal(out[0].view(8, 4), expected[:, ::2])
+    assert torch.equal(out[1].view(8, 4), expected[:, 1::2])

@@ -81,6 +81,24 @@ void find_race(Launch& launch, const Region& r, const Shadow& a, const Shadow& b
   }
 }
 
+void add_history(Shadow& all, const Shadow& more) {
+  if (more.writer.empty()) return;
+  if (all.writer.empty()) {
+    all = more;
+    return;
+  }
+  for (u64 at = 0; at < all.writer.size(); ++at) {
+    if (more.writer[at]) {
+      all.writer[at] = more.writer[at], all.writer_op[at] = more.writer_op[at];
+      if (!all.value.empty()) all.value[at] = more.value[at];
+    }
+    if (more.reader[at]) {
+      all.reader[at] = all.reader[at] ? kSeveralCtas : more.reader[at];
+      all.reader_op[at] = more.reader_op[at];
+    }
+  }
+}
+
 }  // namespace
 
 OpCounters& OpCounters::operator+=(const OpCounters& o) {
@@ -617,10 +635,12 @@ void Launch::merge(std::vector<std::unique_ptr<Worker>>& workers, const std::vec
   }
   std::vector<u32> turn_of(workers.size() > 1 ? order.size() : 0);
   for (size_t i = 0; i < turn_of.size(); ++i) turn_of[order[i]] = static_cast<u32>(i);
-  for (size_t a = 0; a < workers.size(); ++a)
-    for (size_t b = a + 1; b < workers.size(); ++b)
-      for (size_t i = 0; i < regions.size(); ++i)
-        find_race(*this, regions[i], workers[a]->shadows[i], workers[b]->shadows[i], turn_of, found);
+  for (size_t w = 1; w < workers.size(); ++w)
+    for (size_t i = 0; i < regions.size(); ++i) {
+      Shadow& all = workers[0]->shadows[i];
+      find_race(*this, regions[i], all, workers[w]->shadows[i], turn_of, found);
+      add_history(all, workers[w]->shadows[i]);
+    }
   std::stable_sort(found.begin(), found.end(), [](const auto& x, const auto& y) { return x.first < y.first; });
   for (auto& [turn, fault] : found) {
     const bool told = std::any_of(faults.begin(), faults.end(),
