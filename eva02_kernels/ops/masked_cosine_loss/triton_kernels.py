@@ -21,7 +21,7 @@ from torch import Tensor
 from eva02_kernels import _triton
 from eva02_kernels._launch import ONE_SUM, row_pieces
 from eva02_kernels.ops._common import empty_like_needed, present, rows_2d
-from eva02_kernels.ops._triton_lib import inverse_token_index, row_offsets
+from eva02_kernels.ops._triton_lib import inverse_sqrt, inverse_token_index, row_offsets
 
 EPS = tl.constexpr(1e-8)
 CLAMPED = tl.constexpr(1e8)
@@ -37,10 +37,10 @@ def _target_rows(idx_ptr, rows, M, T):
 
 
 @triton.jit
-def _inverse(norm):
-    """1 / norm, exactly CLAMPED for norms under EPS; a NaN stays one."""
-    small = norm < EPS
-    return tl.where(small, CLAMPED, tl.div_rn(1.0, tl.where(small, 1.0, norm)))
+def _inverse(squares):
+    """1 / sqrt(squares), exactly CLAMPED where that norm is under EPS; a NaN stays one."""
+    small = squares < EPS * EPS
+    return tl.where(small, CLAMPED, inverse_sqrt(tl.where(small, 1.0, squares)))
 
 
 @triton.jit(do_not_specialize=["M", "T"])
@@ -62,11 +62,8 @@ def _cosine_kernel(
         pp += p * p
         tt += t * t
         pt += p * t
-    # Rounded, not approximated: their error is that of the whole row.
-    p_norm = tl.sqrt_rn(tl.sum(pp, 1))
-    t_norm = tl.sqrt_rn(tl.sum(tt, 1))
-    p_inv = _inverse(p_norm)
-    t_inv = _inverse(t_norm)
+    p_inv = _inverse(tl.sum(pp, 1))
+    t_inv = _inverse(tl.sum(tt, 1))
     cosine = tl.sum(pt, 1) * p_inv * t_inv
     stats = stats_ptr + rows.to(tl.int64)
     tl.store(stats, tl.where(counts, p_inv, 0.0), mask=rows < M)
