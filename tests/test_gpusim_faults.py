@@ -197,6 +197,11 @@ FAULTS: dict[str, tuple] = {
         "mul.wide.u32 %d6, %r5, 64;\nadd.u64 %d6, %d6, %d1;\nld.global.b32 %r7, [%d6+56];",
         {"ctas": 4, "threads": 1},
     ),
+    "generic address of a shared variable": (
+        "out of bounds",
+        "cvt.u64.u32 %d6, %r4;\ncvta.shared.u64 %d6, %d6;\nst.shared.b32 [%d6], %r1; // <-",
+        "cvt.u64.u32 %d6, %r4;\ncvta.shared.u64 %d6, %d6;\nst.b32 [%d6], %r1;\nld.shared.b32 %r7, [%r4];\nst.global.b32 [%d5], %r7;",
+    ),
     "null pointer": ("out of bounds", "mov.u64 %d6, 0;\nld.global.b32 %r7, [%d6]; // <-", "ld.global.b32 %r7, [%d1];"),
     "beyond shared memory": (
         "out of bounds",

@@ -1056,7 +1056,7 @@ bool decode_cvt(Decoder& d, const Instruction& in, Op& op) {
   d.expect_operands(in, 2);
   const Operand& value = in.operands[1];
   if (value.kind == Operand::kName && d.is_register(value.name) && d.is_wide(value.name) && type_bytes(from) < 8) {
-    if (is_float(to) || is_float(from)) return false;
+    if (is_float(to) || is_float(from) || in.has("sat")) return false;
     op.exec = type_bytes(to) == 8 ? &from_low_bits<u64> : &from_low_bits<u32>;
     op.imm = type_bytes(from), op.sign = from[0] == 's';
     d.set(op, {d.result(in.operands[0], storage)}, {d.source(value, "b64")});

@@ -111,10 +111,18 @@ void Warp::call(const Op& op, u32 mask) {
       u32 same = 0;
       for_lanes(left, [&](int l) { same |= static_cast<u32>(address[l] == address[lane]) << l; });
       left &= ~same;
-      const u64 index = (address[lane] - kCodeWindow) / 16;
-      if (address[lane] < kCodeWindow || address[lane] % 16 != 0 || index >= cta->program.codes.size() || index == 0)
+      const Module& module = cta->program.module;
+      const u64 index = (address[lane] - kCodeWindow) / 16 - 1;
+      if (address[lane] <= kCodeWindow || address[lane] % 16 != 0 || index >= module.functions.size() ||
+          module.functions[index].entry)
         raise(op, lane, "out of bounds", "out of bounds: a call of an address that is no function", address[lane]);
-      enter(op, same, static_cast<int>(index));
+      const auto& codes = cta->program.codes;
+      const auto code = std::find_if(codes.begin(), codes.end(),
+                                     [&](const Code& c) { return c.function == &module.functions[index]; });
+      if (code == codes.end())
+        raise(op, lane, "unsupported",
+              "unsupported: a call of " + module.functions[index].name + ", which this kernel's text does not name");
+      enter(op, same, static_cast<int>(code - codes.begin()));
     }
   }
   reselect();
@@ -243,8 +251,13 @@ void Warp::print(const Op& op, int lane) {
       out += format[i];
       continue;
     }
-    size_t end = format.find_first_of("diouxXfFeEgGaAcsp%", i + 1);
-    if (end == std::string::npos) end = format.size() - 1;
+    // Flags, width, precision, length, conversion; what is none of these is text.
+    const size_t length = format.find_first_not_of("-+ #0123456789.", i + 1);
+    const size_t end = length == std::string::npos ? length : format.find_first_not_of("hlzjt", length);
+    if (end == std::string::npos || strchr("diouxXfFeEgGaAcsp%", format[end]) == nullptr) {
+      out += format[i];
+      continue;
+    }
     std::string spec = format.substr(i, end - i + 1);
     i = end;
     const char kind = spec.back();

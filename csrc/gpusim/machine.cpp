@@ -489,9 +489,8 @@ u64 Launch::address_of(const std::string& symbol) const {
   if (shared != program.shared_offsets.end()) return shared->second;
   for (const Region& r : regions)
     if (r.name == symbol) return r.base;
-  for (size_t i = 0; i < program.codes.size(); ++i)
-    if (program.codes[i].function->name == symbol) return kCodeWindow + 16 * i;
-  return ~0ull;
+  const u64 function = program.module.address_of(symbol);
+  return function ? kCodeWindow + function : ~0ull;
 }
 
 std::string Launch::resolve_symbols() {
@@ -502,7 +501,7 @@ std::string Launch::resolve_symbols() {
     address += static_cast<u64>(f.offset);
     for (u32 l = 0; l < kLanes; ++l) memcpy(&registers[f.value + (f.wide ? 8 : 4) * l], &address, f.wide ? 8 : 4);
   }
-  for (const Variable& v : program.module.variables) {
+  for (const Variable& v : relocate ? program.module.variables : std::vector<Variable>{}) {
     const auto region = std::find_if(regions.begin(), regions.end(), [&](const Region& r) { return r.name == v.name; });
     if (region == regions.end()) continue;
     for (const Relocation& r : v.relocations) {
@@ -561,6 +560,11 @@ void Worker::run(const std::vector<u32>& order, u32 first, u32 step) {
       }
     }
   } catch (const Fault& f) {
+    faults.push_back(f);
+    fault_turns.push_back(turn);
+  } catch (const std::exception& error) {  // out of memory, in a thread of the host where nobody else would catch it
+    Fault f("unsupported", std::string("unsupported: the simulation failed: ") + error.what());
+    f.op = ~0u;
     faults.push_back(f);
     fault_turns.push_back(turn);
   }

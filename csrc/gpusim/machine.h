@@ -280,6 +280,7 @@ struct Launch {
   std::vector<Region> regions;
   u64 dynamic_shared = 0;
   u64 grid_barrier = 0;  // address of the word of a cooperative launch
+  bool relocate = true;  // write addresses into the variables that hold them initially
   Options options;
 
   // results

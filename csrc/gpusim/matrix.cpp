@@ -269,7 +269,6 @@ bool decode_mma(Decoder& d, const Instruction& in, Op& op) {
       if (ta == "s8" && tb == "u8") op.exec = &mma<i8, u8, i32>;
       if (ta == "u8" && tb == "s8") op.exec = &mma<u8, i8, i32>;
     }
-    if (ta == "tf32" && k == 4) op.exec = nullptr;  // two registers of A, one of B: not in the table above
     const int per = ta == "tf32" ? 1 : ta == "f16" || ta == "bf16" ? 2 : 4;
     num_a = static_cast<size_t>(k / (4 * per) * 2), num_b = static_cast<size_t>(k / (4 * per));
     num_d = td == "f16" ? 2 : 4;

@@ -40,13 +40,27 @@ void addresses_of(Warp& w, const Op& op, const AddressOperand& from, u32 mask, A
   }
 }
 
+// The lanes whose addresses are of shared or local memory itself; a generic address there is a fault.
+u32 own_addresses(Warp& w, const Op& op, u32 mask, Addresses& a) {
+  for (int l = 0; l < kLanes; ++l) {
+    if (!(mask >> l & 1) || a.lane[l] >> kWindowShift == 0) continue;
+    w.fault(op, l, "out of bounds",
+            "out of bounds: the generic address " + hex(a.lane[l]) + " where one of shared or local memory is expected",
+            a.lane[l]);
+    mask &= ~(1u << l);
+    a.lane[l] = 0;
+  }
+  return mask;
+}
+
 // f(lanes, their space) for each state space that the addresses are in; offsets within it replace generic addresses.
 template <class F>
 void for_each_space(Warp& w, const Op& op, Space space, u32 mask, Addresses& a, F f) {
   if (space != Space::kGeneric) {
-    if (space != Space::kGlobal)
+    if (space == Space::kShared || space == Space::kLocal) mask = own_addresses(w, op, mask, a);
+    if (space == Space::kParam)
       for (u64& address : a.lane) address &= (1ull << kWindowShift) - 1;
-    return f(mask, space);
+    return mask ? f(mask, space) : void();
   }
   static constexpr Space spaces[] = {Space::kGlobal, Space::kShared, Space::kLocal, Space::kParam};
   u32 in[4] = {};
@@ -445,7 +459,11 @@ void atomic_in(Warp& w, const Op& op, u32 mask, Space space, const Addresses& a)
     memcpy(&old, data, sizeof(T));
     memcpy(&ta, &va, sizeof(T));
     memcpy(&tb, &vb, sizeof(T));
-    const T fresh = apply(old, ta, tb);
+    T fresh;
+    if constexpr (std::is_same_v<T, float>)  // sums in global memory flush subnormal numbers, in shared memory not
+      fresh = shared ? apply(old, ta, tb) : flush(apply(flush(old), flush(ta), tb));
+    else
+      fresh = apply(old, ta, tb);
     memcpy(data, &fresh, sizeof(T));
     if (op.num_dst) {
       Lane lane = 0;
@@ -545,7 +563,7 @@ void async_copy(Warp& w, const Op& op, u32 mask) {
   Addresses to, from;
   addresses_of(w, op, {op.regs[0], op.wide_address, op.imm}, mask, to);
   addresses_of(w, op, {op.regs[1], op.wide_address2, op.imm2}, mask, from);
-  for (u64& address : to.lane) address &= kSharedWindow - 1;
+  mask = own_addresses(w, op, mask, to);
   const u32 bytes = op.width;
   u32 reading = 0;
   Cta& cta = *w.cta;
@@ -596,7 +614,7 @@ void load_matrix(Warp& w, const Op& op, u32) {
   Addresses a;
   const u32 used = count == 4 ? kAllLanes : (1u << (8 * count)) - 1;
   addresses_of(w, op, first_address(op, op.num_dst), used, a);
-  for (u64& address : a.lane) address &= kSharedWindow - 1;
+  if (own_addresses(w, op, used, a) != used) return;
   Cta& cta = *w.cta;
   OpCounters& c = (*w.counters)[op.index];
   for (int l = 0; l < 8 * count; ++l) {

@@ -25,6 +25,11 @@ const Function* Module::function(const std::string& name) const {
   return nullptr;
 }
 
+uint64_t Module::address_of(const std::string& name) const {
+  const Function* f = function(name);
+  return f == nullptr ? 0 : 16 * static_cast<uint64_t>(f - functions.data() + 1);
+}
+
 int type_bytes(const std::string& type) {
   static const std::map<std::string, int> sizes = {{"pred", 0}, {"b8", 1},  {"u8", 1},  {"s8", 1},    {"b16", 2},
                                                    {"u16", 2},  {"s16", 2}, {"f16", 2}, {"bf16", 2},  {"b32", 4},
@@ -576,7 +581,7 @@ class Parser {
     if (accept("{")) {
       o.kind = Operand::kVector;
       do {
-        if (at("{")) fail("a vector inside a vector");
+        if (at("{") || at("(")) fail("a list inside a vector");
         o.list.push_back(simple_operand());
       } while (accept(","));
       expect("}");
@@ -587,7 +592,7 @@ class Parser {
       o.kind = Operand::kArguments;
       while (!accept(")")) {
         if (!o.list.empty()) expect(",");
-        if (at("(")) fail("arguments inside arguments");
+        if (at("{") || at("(")) fail("a list inside arguments");
         o.list.push_back(simple_operand());
       }
       return o;

@@ -83,6 +83,7 @@ struct Module {
   std::vector<Function> functions;
   const Function* entry(const std::string& name) const;
   const Function* function(const std::string& name) const;
+  uint64_t address_of(const std::string& function) const;  // one for all kernels of the module; 0: it has none
 };
 
 Module parse(const std::string& text);

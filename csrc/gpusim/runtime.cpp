@@ -17,6 +17,8 @@
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <deque>
+#include <set>
 #include <sstream>
 #include <utility>
 
@@ -26,15 +28,18 @@ namespace gpusim {
 
 namespace {
 
+constexpr u64 kDeviceMemory = 40ull << 30;
+
 struct Allocation {
   u64 base = 0, size = 0;
   std::string name;
-  bool constant = false, host = false;  // host: somebody else's memory
-  std::vector<u8> valid;                // empty: all of it
+  bool constant = false;
+  std::vector<u8> valid;  // empty: all of it
 };
 
 struct LoadedModule {
   std::string text;
+  bool placed = false;
   std::map<std::string, u64> variables;  // name -> address, once they have memory
   std::unordered_map<std::string, std::unique_ptr<Program>> programs;
 };
@@ -42,6 +47,7 @@ struct LoadedModule {
 struct Kernel {
   LoadedModule* module;
   std::string name;
+  u64 max_dynamic = 49152;  // bytes of dynamic shared memory, with cudaFuncSetAttribute more
 };
 
 struct Configuration {
@@ -55,6 +61,9 @@ struct Runtime {
   std::unordered_map<const void*, Kernel> kernels;                                   // by the host's function
   std::unordered_map<const void*, std::pair<LoadedModule*, std::string>> variables;  // by the host's shadow
   std::map<u64, Allocation> memory;
+  std::set<u64> slots;       // every 4 GiB that ever were ours
+  std::deque<u64> released;  // of them, those free again, the oldest first
+  u64 grid_barrier = 0;
   std::vector<Configuration> configurations;
   Options options;
   u64 perturbation = 0, allocated = 0, launches = 0;
@@ -108,16 +117,24 @@ struct Runtime {
 
   // Memory that the host and the kernels see at the same address.
   Allocation* allocate(u64 size, const std::string& name, bool written) {
+    if (size > kDeviceMemory - std::min(kDeviceMemory, allocated)) return nullptr;
     for (u32 tries = 0; tries < 64; ++tries) {
-      const u64 base = static_cast<u64>(next_slot++) << kGlobalShift;
-      if (base >> 46) return nullptr;
+      u64 base = static_cast<u64>(next_slot++) << kGlobalShift;
+      if (base >> 46) {  // none is left that was never used
+        if (released.empty() || size > 1ull << kGlobalShift) return nullptr;
+        base = released.front();
+        released.pop_front();
+      }
       void* at = mmap(reinterpret_cast<void*>(base), std::max<u64>(size, 1), PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE, -1, 0);
       if (at == MAP_FAILED) continue;
       Allocation& a = memory[base];
-      a = {.base = base, .size = size, .name = name, .constant = false, .host = false, .valid = {}};
+      a = {.base = base, .size = size, .name = name, .constant = false, .valid = {}};
       if (!written) a.valid.assign(size, 0);
       allocated += size;
+      for (u64 at = base; at < base + std::max<u64>(size, 1); at += 1ull << kGlobalShift)
+        slots.insert(at >> kGlobalShift);
+      next_slot = std::max(next_slot, static_cast<u32>((base + size) >> kGlobalShift) + 1);
       return &a;
     }
     return nullptr;
@@ -138,16 +155,22 @@ struct Runtime {
     std::fill(begin, begin + static_cast<std::ptrdiff_t>(bytes), 1);
   }
 
+  // The decoded kernel; nullptr, and a message, for text that is no PTX.
   Program* program(const Kernel& kernel) {
     auto& p = kernel.module->programs[kernel.name];
-    if (p == nullptr) p = std::make_unique<Program>(kernel.module->text, kernel.name, perturbation);
+    try {
+      if (p == nullptr) p = std::make_unique<Program>(kernel.module->text, kernel.name, perturbation);
+    } catch (const PtxError& error) {
+      fprintf(stderr, "gpusim: %s: PTX line %d: %s\n", kernel.name.c_str(), error.line, error.what());
+    }
     return p.get();
   }
 
   // A module's variables get their memory when it is first needed.
   void place_variables(LoadedModule& module) {
-    if (!module.variables.empty()) return;
-    for (const Variable& v : parse(module.text).variables) {
+    if (std::exchange(module.placed, true)) return;
+    const Module parsed = parse(module.text);
+    for (const Variable& v : parsed.variables) {
       if (v.external || (v.space != Variable::kGlobal && v.space != Variable::kConst)) continue;
       Allocation* a = allocate(std::max<u64>(v.bytes, 1), v.name, true);
       if (a == nullptr) continue;
@@ -155,6 +178,15 @@ struct Runtime {
       if (!v.initial.empty()) memcpy(reinterpret_cast<void*>(a->base), v.initial.data(), v.initial.size());
       module.variables[v.name] = a->base;
     }
+    for (const Variable& v : parsed.variables)
+      for (const Relocation& r : v.relocations) {
+        const auto at = module.variables.find(v.name), to = module.variables.find(r.symbol);
+        const u64 function = parsed.address_of(r.symbol);
+        if (at == module.variables.end() || (to == module.variables.end() && function == 0)) continue;
+        const u64 address =
+            (to != module.variables.end() ? to->second : kCodeWindow + function) + static_cast<u64>(r.addend);
+        memcpy(reinterpret_cast<u8*>(at->second) + r.at, &address, 8);
+      }
   }
 
   void tell(const Program& p, const Fault& f, const std::string& kernel) {
@@ -180,15 +212,15 @@ struct Runtime {
   cudaError_t launch(const Kernel& kernel, dim3 grid, dim3 block, void** args, size_t shared) {
     if (sticky != cudaSuccess) return fail(sticky);
     const u64 threads = static_cast<u64>(block.x) * block.y * block.z;
-    if (threads == 0 || threads > 1024 || grid.x == 0 || grid.y == 0 || grid.z == 0 || shared > (1u << 20))
+    if (threads == 0 || threads > 1024 || block.z > 64 || grid.x == 0 || grid.y == 0 || grid.z == 0 ||
+        grid.x > 2147483647u || grid.y > 65535 || grid.z > 65535 ||
+        static_cast<u64>(grid.x) * grid.y * grid.z >= 1ull << 31)
       return fail(cudaErrorInvalidConfiguration);
-    Program* p = nullptr;
-    try {
-      p = program(kernel);
-    } catch (const PtxError& error) {
-      fprintf(stderr, "gpusim: %s: PTX line %d: %s\n", kernel.name.c_str(), error.line, error.what());
-      return fail(sticky = cudaErrorInvalidPtx);
-    }
+    Program* p = program(kernel);
+    if (p == nullptr) return fail(sticky = cudaErrorInvalidPtx);
+    if (p->entry->reqntid && static_cast<u64>(p->entry->reqntid) != threads) return fail(cudaErrorInvalidConfiguration);
+    if (shared + (kernel.max_dynamic > 49152 ? 0 : p->static_shared) > kernel.max_dynamic)
+      return fail(cudaErrorInvalidValue);
     place_variables(*kernel.module);
     Launch run(*p);
     run.grid = {grid.x, grid.y, grid.z};
@@ -201,10 +233,12 @@ struct Runtime {
       memcpy(run.params.data() + p->param_offsets.at(v.name), args[i], v.bytes);
     }
     if (p->grid_barrier) {
-      Allocation* a = allocate(64, "grid barrier", true);
+      Allocation* a = grid_barrier ? &memory.at(grid_barrier) : allocate(64, "grid barrier", true);
       if (a == nullptr) return fail(cudaErrorMemoryAllocation);
-      run.grid_barrier = a->base;
+      memset(reinterpret_cast<void*>(a->base), 0, 64);
+      run.grid_barrier = grid_barrier = a->base;
     }
+    run.relocate = false;  // variables keep what the program wrote
     std::vector<Allocation*> mapped;
     for (auto& [base, a] : memory) {
       Region r;
@@ -225,7 +259,6 @@ struct Runtime {
       if (std::find(mapped[i]->valid.begin(), mapped[i]->valid.end(), 0) == mapped[i]->valid.end())
         mapped[i]->valid.clear();
     }
-    if (p->grid_barrier) release(run.grid_barrier);
     fwrite(run.output.data(), 1, run.output.size(), stdout);
     ++launches;
     if (report)
@@ -239,8 +272,9 @@ struct Runtime {
   bool release(u64 base) {
     const auto it = memory.find(base);
     if (it == memory.end()) return false;
-    if (!it->second.host)
-      munmap(reinterpret_cast<void*>(base), std::max<u64>(it->second.size, 1)), allocated -= it->second.size;
+    munmap(reinterpret_cast<void*>(base), std::max<u64>(it->second.size, 1));
+    allocated -= it->second.size;
+    released.push_back(base);
     memory.erase(it);
     return true;
   }
@@ -248,7 +282,12 @@ struct Runtime {
   void* symbol(const void* host) {
     const auto it = variables.find(host);
     if (it == variables.end()) return nullptr;
-    place_variables(*it->second.first);
+    try {
+      place_variables(*it->second.first);
+    } catch (const PtxError& error) {
+      fprintf(stderr, "gpusim: PTX line %d: %s\n", error.line, error.what());
+      return nullptr;
+    }
     const auto at = it->second.first->variables.find(it->second.second);
     return at == it->second.first->variables.end() ? nullptr : reinterpret_cast<void*>(at->second);
   }
@@ -293,12 +332,24 @@ cudaError_t copy(void* to, const void* from, size_t bytes) {
   Runtime& r = runtime();
   // A copy of host memory knows nothing of its bounds; one that begins in device memory stays in it.
   for (const void* p : {static_cast<const void*>(to), from})
-    if (r.find(p, 0) != nullptr && r.find(p, bytes) == nullptr) {
-      fprintf(stderr, "gpusim: a copy of %zu bytes is out of bounds of %s\n", bytes, r.find(p, 0)->name.c_str());
+    if (bytes > 0 && r.slots.count(reinterpret_cast<u64>(p) >> kGlobalShift) && r.find(p, bytes) == nullptr) {
+      const Allocation* a = r.find(p, 0);
+      fprintf(stderr, "gpusim: a copy of %zu bytes at %p is out of bounds of %s\n", bytes, p,
+              a ? a->name.c_str() : "every allocation");
       return r.fail(cudaErrorInvalidValue);
     }
   memmove(to, from, bytes);
-  r.written(to, bytes);
+  const Allocation* source = r.find(from, bytes);
+  Allocation* target = r.find(to, bytes);
+  if (source != nullptr && target != nullptr && !source->valid.empty()) {  // what was not written still is not
+    if (target->valid.empty()) target->valid.assign(target->size, 1);
+    const auto begin = source->valid.begin() + static_cast<std::ptrdiff_t>(reinterpret_cast<u64>(from) - source->base);
+    const std::vector<u8> moved(begin, begin + static_cast<std::ptrdiff_t>(bytes));
+    std::copy(moved.begin(), moved.end(),
+              target->valid.begin() + static_cast<std::ptrdiff_t>(reinterpret_cast<u64>(to) - target->base));
+  } else {
+    r.written(to, bytes);
+  }
   return r.done();
 }
 
@@ -367,7 +418,7 @@ void __cudaUnregisterFatBinary(void**) {}
 char __cudaInitModule(void**) { return 1; }
 void __cudaRegisterFunction(void** handle, const char* host, char*, const char* name, int, uint3*, uint3*, dim3*, dim3*,
                             int*) {
-  runtime().kernels[host] = {reinterpret_cast<gpusim::LoadedModule*>(handle), name};
+  runtime().kernels[host] = {.module = reinterpret_cast<gpusim::LoadedModule*>(handle), .name = name};
 }
 void __cudaRegisterVar(void** handle, char* host, char*, const char* name, int, size_t, int, int) {
   runtime().variables[host] = {reinterpret_cast<gpusim::LoadedModule*>(handle), name};
@@ -460,7 +511,7 @@ cudaError_t cudaMemcpyFromSymbol(void* to, const void* symbol, size_t bytes, siz
   return at ? gpusim::copy(to, static_cast<char*>(at) + offset, bytes) : runtime().fail(cudaErrorInvalidSymbol);
 }
 cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
-  *total = size_t{40} << 30, *free = *total - std::min<size_t>(*total, runtime().allocated);
+  *total = gpusim::kDeviceMemory, *free = *total - std::min<size_t>(*total, runtime().allocated);
   return runtime().done();
 }
 cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* out, const void* pointer) {
@@ -540,15 +591,26 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
   p->l2CacheSize = 40 << 20, p->totalConstMem = 65536;
   return runtime().done();
 }
-cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute, int) {
-  return gpusim::kernel_of(function) ? runtime().done() : runtime().fail(cudaErrorInvalidDeviceFunction);
+cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute which, int value) {
+  const auto it = runtime().kernels.find(function);
+  if (it == runtime().kernels.end()) return runtime().fail(cudaErrorInvalidDeviceFunction);
+  if (which == cudaFuncAttributeMaxDynamicSharedMemorySize) {
+    const gpusim::Program* p = runtime().program(it->second);
+    if (p == nullptr) return runtime().fail(cudaErrorInvalidPtx);
+    if (value < 0 || static_cast<gpusim::u64>(value) + p->static_shared > 166912)
+      return runtime().fail(cudaErrorInvalidValue);
+    it->second.max_dynamic = static_cast<gpusim::u64>(value);
+  }
+  return runtime().done();
 }
 cudaError_t cudaFuncSetCacheConfig(const void*, cudaFuncCache) { return runtime().done(); }
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* out, const void* function) {
   const gpusim::Kernel* k = gpusim::kernel_of(function);
   if (k == nullptr) return runtime().fail(cudaErrorInvalidDeviceFunction);
+  const gpusim::Program* p = runtime().program(*k);
+  if (p == nullptr) return runtime().fail(cudaErrorInvalidPtx);
   *out = {};
-  out->sharedSizeBytes = runtime().program(*k)->static_shared;
+  out->sharedSizeBytes = p->static_shared;
   out->maxThreadsPerBlock = 1024, out->ptxVersion = out->binaryVersion = 80;
   out->maxDynamicSharedSizeBytes = 166912;
   return runtime().done();
@@ -558,7 +620,9 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const voi
                                                           size_t shared) {
   const gpusim::Kernel* k = gpusim::kernel_of(function);
   if (k == nullptr || threads < 1 || threads > 1024) return runtime().fail(cudaErrorInvalidValue);
-  const size_t all = (runtime().program(*k)->static_shared + shared + 127) / 128 * 128 + 1024;
+  const gpusim::Program* p = runtime().program(*k);
+  if (p == nullptr) return runtime().fail(cudaErrorInvalidPtx);
+  const size_t all = (p->static_shared + shared + 127) / 128 * 128 + 1024;
   *blocks =
       static_cast<int>(std::min<size_t>({32, 2048 / (static_cast<size_t>(threads + 31) / 32 * 32), 167936 / all}));
   return runtime().done();

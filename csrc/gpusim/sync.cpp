@@ -289,7 +289,8 @@ bool follow_read(Warp& w, const Op& op, int lane, Region& r, u64 offset, u32 byt
                                      : "race: byte " + std::to_string(b) + " of " + r.name + " was written by " +
                                            who_in_grid(w, wrote) + " and is read by CTA " +
                                            std::to_string(w.cta->linear) + " with no order between";
-        if (op.read_only || wrote >> 32 != me >> 32 || op.num_dst == 0 || op.apply != nullptr) {
+        const bool told_at_use = launch.options.uninit && op.num_dst > 0 && op.apply == nullptr;
+        if (op.read_only || wrote >> 32 != me >> 32 || !told_at_use) {
           w.fault(op, lane, "race", what, r.base + b, &r, s.writer_op[b]);
           return true;
         }

@@ -245,6 +245,61 @@ int run_calls() {
   return count != 1;
 }
 
+__device__ int first_word = 7, other_word = 9;
+__device__ int* pointed = &first_word;
+__device__ Function stored;
+__device__ Function initial = twice;
+
+__global__ void store_addresses() {
+  pointed = &other_word;
+  stored = plus_one;
+}
+__global__ void use_addresses(float* out) {
+  *out = stored(static_cast<float>(*pointed));
+  if (*out < 0) *out = plus_one(twice(*out));  // names the functions that it may be given
+}
+
+int run_addresses() {
+  int* before = nullptr;
+  Function function = nullptr;
+  cudaMemcpyFromSymbol(&before, pointed, sizeof(before));
+  cudaMemcpyFromSymbol(&function, initial, sizeof(function));
+  void* expected = nullptr;
+  cudaGetSymbolAddress(&expected, first_word);
+  if (before != expected || function == nullptr) return 1;
+  store_addresses<<<1, 1>>>();
+  Device<float> out(1);
+  use_addresses<<<1, 1>>>(out.data);
+  return out.host()[0] != 10;
+}
+
+__global__ void nothing() {}
+__global__ void dynamic(float* x) {
+  extern __shared__ float s[];
+  s[threadIdx.x] = 1;
+  x[threadIdx.x] = s[threadIdx.x];
+}
+
+// What a GPU refuses, and what it would do to freed memory.
+int run_refusals() {
+  nothing<<<dim3(1, 70000), 32>>>();
+  if (cudaGetLastError() != cudaErrorInvalidConfiguration) return 1;
+  nothing<<<1, dim3(1, 1, 65)>>>();
+  if (cudaGetLastError() != cudaErrorInvalidConfiguration) return 2;
+  Device<float> x(32);
+  dynamic<<<1, 32, 60000>>>(x.data);
+  if (cudaGetLastError() != cudaErrorInvalidValue) return 3;
+  if (cudaFuncSetAttribute(dynamic, cudaFuncAttributeMaxDynamicSharedMemorySize, 60000) != cudaSuccess) return 4;
+  dynamic<<<1, 32, 60000>>>(x.data);
+  if (cudaGetLastError() != cudaSuccess || x.host()[31] != 1) return 5;
+  float *freed, value = 1;
+  cudaMalloc(&freed, 4);
+  cudaFree(freed);
+  if (cudaMemcpy(freed, &value, 4, cudaMemcpyHostToDevice) != cudaErrorInvalidValue) return 6;
+  cudaGetLastError();
+  return cudaDeviceSynchronize() != cudaSuccess;
+}
+
 __global__ void doubles(double* x) { x[threadIdx.x] = exp(x[threadIdx.x]) / 3.0 + sin(x[threadIdx.x]); }
 
 int run_doubles() {
@@ -299,6 +354,8 @@ const Case kCases[] = {{"block_primitives", run_block_primitives},
                        {"barrier", run_barrier},
                        {"coalesced_groups", run_coalesced_groups},
                        {"calls", run_calls},
+                       {"addresses", run_addresses},
+                       {"refusals", run_refusals},
                        {"doubles", run_doubles},
                        {"printf", run_printf},
                        {"beyond", run_beyond},

@@ -100,6 +100,8 @@ def map_tensors(tensors: Sequence[tuple[str, torch.Tensor]], options: Options) -
             regions[key][6] += _rows(tensor)
 
     def address(tensor: torch.Tensor) -> int:
+        if tensor.numel() == 0:
+            return 0
         region = regions[tensor.untyped_storage().data_ptr()]
         return region[0] + tensor.data_ptr() - region[2]
 
@@ -130,6 +132,8 @@ def _pack(name: str, ptx_type: str, size: int, value: Any, address: Callable[[to
             raise ValueError(f"{name}: expected {size} bytes, got {len(value)}")
         return value
     if isinstance(value, torch.Tensor):
+        if size != 8 or ptx_type in _FORMATS:
+            raise ValueError(f"{name}: expected a number for .{ptx_type}, got a tensor")
         value = address(value)
     if isinstance(value, float):
         if ptx_type not in _FORMATS:
@@ -167,6 +171,9 @@ def run_ptx(
     opts = current()
     kernel = program(ptx, entry_name, opts.perturbation)
     params = kernel.params
+    threads = block[0] * block[1] * block[2]
+    if kernel.reqntid and threads != kernel.reqntid:
+        raise ValueError(f"block: expected {kernel.reqntid} threads, which {entry_name} requires; got {threads}")
     if len(args) != len(params):
         raise ValueError(f"args: {entry_name} has {len(params)} parameters, got {len(args)}")
     if kernel.unsupported and opts.on_error == "raise":

@@ -50,7 +50,7 @@ class Options:
             "order": self.order,
             "races": bool(self.races),
             "strict_races": self.races == "strict",
-            "uninit": self.uninit is not False,
+            "uninit": bool(self.uninit),
             "uninit_at_load": self.uninit == "load",
             "collect": self.on_error == "collect",
             "budget": self.budget,
