@@ -170,6 +170,18 @@ FAULTS: dict[str, tuple] = {
         "ld.global.b32 %r7, [%d1+8];\nmul.wide.u32 %d6, %r5, 4;\nadd.u64 %d6, %d6, %d2;\nst.global.b32 [%d6], %r5;",
         {"ctas": 3, "threads": 1},
     ),
+    "an update that two CTAs make": (
+        "race",
+        "ld.global.b32 %r7, [%d2+128];\nadd.u32 %r7, %r7, 1;\nst.global.b32 [%d2+128], %r7; // <-",
+        "red.global.add.u32 [%d2+128], 1;",
+        {"ctas": 2, "threads": 1},
+    ),
+    "lanes of a warp at different barriers": (
+        "barrier",
+        "shr.u32 %r7, %r1, 4;\nbarrier.sync %r7; // <-",
+        "shr.u32 %r7, %r1, 5;\nadd.u32 %r7, %r7, 1;\nbarrier.sync %r7, 32;",
+        {"threads": 32},
+    ),
     "read-only load of written bytes": (
         "race",
         "st.global.b32 [%d5], %r1;\nld.global.nc.b32 %r7, [%d5]; // <-",
@@ -620,6 +632,16 @@ CLEAN: dict[str, tuple] = {
     "copies of one value, loaded by two warps and stored by one": (
         "and.b32 %r7, %r1, 31;\nmul.wide.u32 %d6, %r7, 4;\nadd.u64 %d6, %d6, %d2;\nld.global.b32 %r8, [%d6];\nadd.u32 %r8, %r8, 1;\n"
         "setp.lt.u32 %p1, %r1, 32;\n@%p1 st.global.b32 [%d6], %r8;",
+        {},
+    ),
+    "a flag is taken back by the one who saw it": (
+        "setp.ne.u32 %p1, %r5, 0;\n@%p1 bra L;\nst.release.gpu.global.b32 [%d2+192], 1;\nret;\nL:\nld.acquire.gpu.global.b32 %r7, [%d2+192];\n"
+        "setp.eq.u32 %p2, %r7, 0;\n@%p2 bra L;\nst.global.b32 [%d2+192], 0;",
+        {"ctas": 2, "threads": 1},
+    ),
+    "a barrier that counts all threads, and one that counts none": (
+        "bar.sync 0;\nst.shared.b32 [%r4], %r1;\nsetp.lt.u32 %p1, %r1, 32;\n@%p1 bra L;\nbar.sync 0, 64;\nbra M;\nL:\nbar.sync 0;\nM:\n"
+        "ld.shared.b32 %r7, [%r6];\nst.global.b32 [%d5], %r7;",
         {},
     ),
     "permuted bytes": ("st.shared.b16 [%r4], 5;\nld.shared.b32 %r7, [%r4];\nprmt.b32 %r8, %r7, %r1, 16912;\nprmt.b32 %r8, %r7, 0, 17424;\nst.global.b32 [%d5], %r8;", {}),

@@ -147,7 +147,8 @@ void Warp::enter(const Op& op, u32 mask, int index) {
     }
     // A frame takes 16 bytes at least, as a return address does on a GPU.
     const u64 base = (s.top + 31ull) / 16 * 16, top = base + code.frame_bytes;
-    if (top > kMaxStack)
+    s.saved += frame.saved.size();
+    if (top + s.saved > kMaxStack)
       raise(op, l, "out of bounds",
             "out of bounds: the stack of a thread, " + std::to_string(top) +
                 " bytes of local "
@@ -183,6 +184,7 @@ void Warp::leave(const Op& op, u32 mask) {
     memcpy(&s.memory[frame.base + site.result.first], &s.memory[s.base + code.result.first], n);
     memcpy(&s.valid[frame.base + site.result.first], &s.valid[s.base + code.result.first], n);
     s.base = frame.base, s.top = frame.top;
+    s.saved -= frame.saved.size();
     size_t at = 0;
     if (!frame.saved.empty()) {
       for (const auto& [r, bytes] : code.registers) {
@@ -401,15 +403,25 @@ void Warp::arrive(const Op& op, u32 mask) {
       if (!(o.votes && i == o.num_dst + o.num_src - 1)) require_valid(o, o.regs[i], m, 0x0f, "a barrier's operand");
   });
   const int lane = std::countr_zero(mask);
-  const u32 id = reg<u32>(op, op.num_dst)[lane];
+  const u32 all = static_cast<u32>(cta->warps.size()) * kLanes;
+  u32 id = 0, expected = 0;
+  bool first = true;
+  for_each_op(*this, op, mask, [&](const Op& o, u32 m) {
+    const bool own_counts = o.num_src - (o.votes ? 1 : 0) > 1;
+    for_lanes(m, [&](int l) {
+      u32 own_id = reg<u32>(o, o.num_dst)[l], own = own_counts ? reg<u32>(o, o.num_dst + 1)[l] : 0;
+      if (own == all) own = 0;  // which is what no number means
+      if (first) id = own_id, expected = own, first = false;
+      if (own_id != id || own != expected)
+        raise(o, l, "barrier", "barrier divergence: lanes of a warp wait at different barriers");
+    });
+  });
   if (id >= cta->barriers.size()) raise(op, lane, "barrier", "barrier " + std::to_string(id) + " does not exist");
   if (time() >= kMaxTime) raise(op, 0, "unsupported", "unsupported: more than a million barriers and releases");
   // A barrier behind a strong read is taken for an acquire: CUTLASS's locks have no fence there.
   learn(seen);
   seen = nullptr;
   Barrier& b = cta->barriers[id];
-  const bool counts = op.num_src - (op.votes ? 1 : 0) > 1;
-  const u32 expected = counts ? reg<u32>(op, op.num_dst + 1)[lane] : 0;
   if (expected % kLanes != 0)
     raise(op, lane, "barrier", "barrier of " + std::to_string(expected) + " threads, which is no multiple of 32");
   if (b.members && b.expected != expected)

@@ -232,20 +232,21 @@ Reg Decoder::source(const Operand& o, const std::string& type, Wider wider) {
   const std::string key = o.name + "+" + std::to_string(o.offset) + (wide ? "" : " narrow");
   const auto known = symbols_.find(key);
   if (known != symbols_.end()) return known->second;
-  const Reg r = symbols_[key] = allocate(wide);
-  p_.initially_valid[r.id] = 1;
+  const Reg r = allocate(wide);
   const auto place = code().places.find(o.name);
   if (place != code().places.end()) {  // the address depends on the frame
     if (!wide) fail("the address of " + o.name + " in 32 bits");
     code().addresses.emplace_back(r, place->second + static_cast<u64>(o.offset));
-    return r;
+    p_.initially_valid[r.id] = 1;
+    return symbols_[key] = r;
   }
   const auto param = p_.param_offsets.find(o.name);
   if (is_entry() && param != p_.param_offsets.end()) {
     const u64 address = kParamWindow + param->second + static_cast<u64>(o.offset);
     if (!wide) fail("the address of parameter " + o.name + " in 32 bits");
     for (u32 l = 0; l < kLanes; ++l) memcpy(&p_.registers[r.value + 8 * l], &address, 8);
-    return r;
+    p_.initially_valid[r.id] = 1;
+    return symbols_[key] = r;
   }
   // A variable's or a function's address is known at launch.
   if (p_.code_of(o.name) < 0 && !p_.shared_offsets.count(o.name) &&
@@ -253,7 +254,8 @@ Reg Decoder::source(const Operand& o, const std::string& type, Wider wider) {
                    [&](const Variable& v) { return v.name == o.name; }))
     fail("symbol " + o.name);
   p_.fixups.push_back({r.value, o.name, o.offset, wide});
-  return r;
+  p_.initially_valid[r.id] = 1;
+  return symbols_[key] = r;
 }
 
 Reg Decoder::result(const Operand& o, const std::string& type, Wider wider) {
@@ -365,6 +367,7 @@ void Decoder::decode_call(const Instruction& in, Op& op) {
     // Any function of the module may be meant whose address is taken.
   } else if (callee.name == "vprintf" && site.arguments.size() == 2) {
     site.builtin = Builtin::kPrint;
+    p_.prints = true;
   } else if (callee.name == "__assertfail" && site.arguments.size() == 5) {
     site.builtin = Builtin::kAssert;
   } else {

@@ -45,10 +45,12 @@ void find_race(Launch& launch, const Region& r, const Shadow& a, const Shadow& b
                std::vector<std::pair<u32, Fault>>& found) {
   const auto cta_of = [](u64 who) { return static_cast<u32>(who >> 32) - 1; };
   if (b.writer.empty()) return;
+  std::map<u32, std::pair<u32, Fault>> earliest;  // by operation
   for (u64 at = 0; at < a.writer.size(); ++at) {
     const bool both = a.writer[at] && b.writer[at];
     if (!both && !(a.writer[at] && b.reader[at]) && !(b.writer[at] && a.reader[at])) continue;
-    if (both && a.value[at] == b.value[at] && !launch.options.strict_races) {
+    const bool update = (a.touched[at] | b.touched[at]) & kReadFirst;
+    if (both && !update && a.value[at] == b.value[at] && !launch.options.strict_races) {
       const u64 second = std::max(a.writer[at], b.writer[at]);
       launch.counters[second == a.writer[at] ? a.writer_op[at] : b.writer_op[at]].collisions += 1;
       continue;
@@ -61,6 +63,9 @@ void find_race(Launch& launch, const Region& r, const Shadow& a, const Shadow& b
     const u32 met_op = both ? o.writer_op[at] : o.reader_op[at];
     const u32 writer_cta = cta_of(wrote), other_cta = met == kSeveralCtas ? writer_cta : cta_of(met);
     const bool writer_later = turn_of[writer_cta] > turn_of[other_cta];
+    const u32 turn = std::max(turn_of[writer_cta], turn_of[other_cta]);
+    const auto known = earliest.find(writer_later ? wrote_op : met_op);
+    if (known != earliest.end() && known->second.first <= turn) continue;
     Fault f("race", "race: byte " + std::to_string(at) + " of " + r.name + " was written by CTA " +
                         std::to_string(writer_cta) + " and is " + (both ? "written" : "read") + " by " +
                         (met == kSeveralCtas ? "others" : "CTA " + std::to_string(other_cta)));
@@ -70,18 +75,20 @@ void find_race(Launch& launch, const Region& r, const Shadow& a, const Shadow& b
     f.region = r.name;
     const u64 later = writer_later ? wrote : met;
     const u32 cta = std::max(writer_later ? writer_cta : other_cta, 0u), stamp = static_cast<u32>(later);
-    const u32 linear = (stamp >> 5 & 63) * kLanes + (stamp & 31);
+    const bool several = (stamp & kSeveralWarps) == kSeveralWarps;
+    const u32 linear = several ? 0 : (stamp >> 5 & 63) * kLanes + (stamp & 31);
     const auto& [gx, gy, gz] = launch.grid;
     const auto& [bx, by, bz] = launch.block;
     f.cta = {cta % gx, cta / gx % gy, cta / (gx * gy)};
     f.thread = {linear % bx, linear / bx % by, linear / (bx * by) % bz};
     (void)gz;
-    found.emplace_back(std::max(turn_of[writer_cta], turn_of[other_cta]), f);
-    return;  // the first byte tells enough
+    earliest.insert_or_assign(f.op, std::pair{turn, f});
   }
+  for (auto& [op, item] : earliest) found.push_back(item);
 }
 
 void add_history(Shadow& all, const Shadow& more) {
+  for (u64 at = 0; at < std::min(all.touched.size(), more.touched.size()); ++at) all.touched[at] |= more.touched[at];
   if (more.writer.empty()) return;
   if (all.writer.empty()) {
     all = more;
@@ -317,6 +324,7 @@ void Cta::start(u32 linear_index, u32 at_turn) {
   turn = at_turn;
   index = {linear % launch.grid[0], linear / launch.grid[0] % launch.grid[1],
            linear / (launch.grid[0] * launch.grid[1])};
+  std::fill(shared.begin(), shared.end(), 0);  // so that what is unwritten does not depend on the CTA before
   std::fill(shared_valid.begin(), shared_valid.end(), 0);
   std::fill(writer.begin(), writer.end(), 0);
   std::fill(reader.begin(), reader.end(), 0);
@@ -337,6 +345,7 @@ void Cta::start(u32 linear_index, u32 at_turn) {
     w.pc = 0;
     w.depth = w.spins = 0;
     w.racy_loads.clear();
+    w.meeting = nullptr;
     w.splits.clear();
     w.parked.clear();
     w.foreign = w.fenced = w.fenced_cta = w.seen = nullptr;
@@ -348,6 +357,8 @@ void Cta::start(u32 linear_index, u32 at_turn) {
         s.base = kStackBegin, s.top = kStackBegin + static_cast<u32>(code.frame_bytes);
         if (s.memory.size() < s.top) s.memory.resize(s.top), s.valid.resize(s.top);
         std::fill(s.valid.begin(), s.valid.end(), 0);
+        std::fill(s.memory.begin(), s.memory.end(), 0);
+        s.saved = 0;
         for (const auto& [r, offset] : code.addresses) reinterpret_cast<u64*>(w.file + r.value)[l] = s.base + offset;
       }
     }
@@ -487,8 +498,8 @@ Region* Launch::region_of(u64 address) {
 u64 Launch::address_of(const std::string& symbol) const {
   const auto shared = program.shared_offsets.find(symbol);
   if (shared != program.shared_offsets.end()) return shared->second;
-  for (const Region& r : regions)
-    if (r.name == symbol) return r.base;
+  for (auto r = regions.rbegin(); r != regions.rend(); ++r)  // variables stand behind tensors, which may have any name
+    if (r->name == symbol) return r->base;
   const u64 function = program.module.address_of(symbol);
   return function ? kCodeWindow + function : ~0ull;
 }
@@ -502,8 +513,9 @@ std::string Launch::resolve_symbols() {
     for (u32 l = 0; l < kLanes; ++l) memcpy(&registers[f.value + (f.wide ? 8 : 4) * l], &address, f.wide ? 8 : 4);
   }
   for (const Variable& v : relocate ? program.module.variables : std::vector<Variable>{}) {
-    const auto region = std::find_if(regions.begin(), regions.end(), [&](const Region& r) { return r.name == v.name; });
-    if (region == regions.end()) continue;
+    const auto region =
+        std::find_if(regions.rbegin(), regions.rend(), [&](const Region& r) { return r.name == v.name; });
+    if (region == regions.rend() || region->size < v.bytes) continue;
     for (const Relocation& r : v.relocations) {
       u64 address = address_of(r.symbol);
       if (address == ~0ull) continue;  // of a function that this kernel cannot call
@@ -556,7 +568,13 @@ void Worker::run(const std::vector<u32>& order, u32 first, u32 step) {
     for (u64 i = first; i < order.size(); i += step) {
       turn = static_cast<u32>(i);
       cta.start(order[i], turn);
-      while (!cta.run(kQuantum)) {
+      try {
+        while (!cta.run(kQuantum)) {
+        }
+      } catch (const Fault& f) {  // the other CTAs go on, whichever thread they are of
+        if (!launch.options.collect) throw;
+        faults.push_back(f);
+        fault_turns.push_back(turn);
       }
     }
   } catch (const Fault& f) {
@@ -607,7 +625,7 @@ void Launch::run() {
     return;
   }
   const std::vector<u32> order = order_of_ctas();
-  if (program.synchronises_ctas) options.threads = 1;
+  if (program.synchronises_ctas || program.prints) options.threads = 1;  // what is printed has an order
   options.threads = static_cast<u32>(std::clamp<u64>(order.size(), 1, options.threads));
   std::vector<std::unique_ptr<Worker>> workers;
   for (u32 i = 0; i < options.threads; ++i) workers.push_back(std::make_unique<Worker>(*this));

@@ -183,7 +183,7 @@ struct Program {
   u64 param_bytes = 0;
   std::vector<Unsupported> unsupported;
   bool synchronises_ctas = false;  // atomics, acquire or release: order between CTAs is the program's own
-  bool has_frames = false, grid_barrier = false;
+  bool has_frames = false, grid_barrier = false, prints = false;
   u64 perturbation = 0;  // seed of numerics="perturb", 0 for exact
 
   Program(const std::string& text, const std::string& entry, u64 perturbation = 0);
@@ -222,6 +222,7 @@ struct Shadow {
   std::vector<u8> value;  // that was written, where several host threads are at work
 };
 constexpr u64 kSeveralCtas = ~0ull;
+constexpr u8 kReadFirst = 4;  // in `touched`: by a CTA before any wrote it
 
 struct OpCounters {
   u64 warps = 0, lanes = 0;  // executions, and lanes in them
@@ -327,6 +328,7 @@ struct Stack {
   std::vector<Frame> frames;
   std::vector<u8> memory, valid;
   u32 base = 0, top = 0;
+  u64 saved = 0;  // bytes of registers in the frames
 };
 
 // What one lane's asynchronous copy still has to write.

@@ -348,7 +348,6 @@ void store_to(Warp& w, const Op& op, u32 mask, Space space, const Addresses& a) 
   for (int k = 0; k < kLanes; ++k) {
     const int l = shared == highest ? kLanes - 1 - k : k;
     if (!(mask >> l & 1)) continue;
-    if (op.strong && (shared || space == Space::kGlobal)) w.publish(op, location(w, space, a.lane[l]));
     u8 data[64], valid[64];
     for (int i = 0; i < op.vector; ++i) {
       if (op.wide)
@@ -373,8 +372,10 @@ void store_to(Warp& w, const Op& op, u32 mask, Space space, const Addresses& a) 
       } else if (!shared) {
         memcpy(own, data, bytes);
         memcpy(w.stacks[static_cast<size_t>(l)].valid.data() + offset, valid, bytes);
-      } else
+      } else {
         cta.write_shared(w, op, l, static_cast<u32>(offset), data, valid, bytes);
+        if (op.strong) w.publish(op, location(w, space, a.lane[l]));
+      }
     } else {
       Region* r = checked(w, op, l, a.lane[l], bytes, bytes, "store");
       if (r != nullptr && r->constant) {
@@ -388,6 +389,7 @@ void store_to(Warp& w, const Op& op, u32 mask, Space space, const Addresses& a) 
       const u64 offset = a.lane[l] - r->base;
       follow_write(w, op, l, *r, offset, data, bytes);
       memcpy(r->host + offset, data, bytes);
+      if (op.strong) w.publish(op, location(w, space, a.lane[l]));
     }
   }
   count_access(c, space, a, mask, bytes);

@@ -85,7 +85,7 @@ bool read_alike(Cta& cta, Warp& w, const Op& op, int lane, u32 o) {
   if (old != 0 && warp_of(old) == static_cast<u32>(w.index))
     fresh = time_of(old) == w.time() ? old | kSeveral : me;
   else if (old != 0 && !before(w, lane, old)) {
-    memset(&cta.many_readers[o], 1, N);
+    for (int i = 0; i < N; ++i) cta.many_readers[o + static_cast<u32>(i)] |= op.strong ? 1 : 3;  // 2: some are plain
     u32* mine = &cta.reader_of_warp[static_cast<size_t>(w.index) * cta.shared.size() + o];
     for (int i = 0; i < N; ++i) mine[i] = me | kSeveral;
     return true;
@@ -171,7 +171,7 @@ void Cta::read_bytes(Warp& w, const Op& op, int lane, u32 offset, u32 bytes) {
       reader[b] = me;
       reader_op[b] = op.index;
     } else {
-      many_readers[b] = 1;
+      many_readers[b] |= op.strong ? 1 : 3;
       reader_of_warp[static_cast<size_t>(w.index) * shared.size() + b] = me | kSeveral;
     }
   }
@@ -195,7 +195,8 @@ bool Cta::change_shared(Warp& w, const Op& op, int lane, u32 b, bool writers_agr
   if (many_readers[b]) {
     for (size_t i = 0; i < warps.size(); ++i) {
       const u32 stamp = std::exchange(reader_of_warp[i * shared.size() + b], 0);
-      if (stamp != 0 && !before(w, lane, stamp) && !op.strong) return unordered("read", stamp, ~0u);
+      const bool all_strong = op.strong && !(many_readers[b] & 2);
+      if (stamp != 0 && !before(w, lane, stamp) && !all_strong) return unordered("read", stamp, ~0u);
     }
     many_readers[b] = 0;
   }
@@ -280,6 +281,7 @@ bool follow_read(Warp& w, const Op& op, int lane, Region& r, u64 offset, u32 byt
   const u64 me = stamp_in_grid(w, lane);
   for (u64 b = offset; b < offset + bytes; ++b) {
     const u64 wrote = s.writer[b];
+    if (wrote == 0) s.touched[b] |= kReadFirst;
     if (wrote != 0) {
       const bool strong = op.strong && launch.program.ops[s.writer_op[b]].strong;
       if (op.read_only || (!strong && !before_in_grid(w, lane, wrote))) {
@@ -334,7 +336,9 @@ void follow_write(Warp& w, const Op& op, int lane, Region& r, u64 offset, const 
     const bool written = wrote != 0 && !same_store && !before_in_grid(w, lane, wrote) && !strong(s.writer_op[b]);
     const bool read = read_by != 0 && !before_in_grid(w, lane, read_by) && !strong(s.reader_op[b]);
     if (same_store && wrote != me && op.apply == nullptr) (*w.counters)[op.index].collisions += 1;
-    if (written && data != nullptr && r.host[b] == data[b - offset] && !launch.options.strict_races) {
+    // Equal values are an update that was lost where the bytes were read before.
+    const bool update = wrote >> 32 != me >> 32 && s.touched[b] & kReadFirst && !launch.program.synchronises_ctas;
+    if (written && !update && data != nullptr && r.host[b] == data[b - offset] && !launch.options.strict_races) {
       (*w.counters)[op.index].collisions += 1;
     } else if (written || read) {
       w.fault(op, lane, "race",
@@ -629,7 +633,7 @@ bool decode_sync(Decoder& d, const Instruction& in, Op& op) {
     }
     op.flow = Flow::kBarrier;
     op.aligned = o == "bar" || in.has("aligned");
-    if (!op.aligned) op.meeting = d.meeting("barrier");
+    if (!op.aligned) op.meeting = d.meeting(in.has("arrive") ? "barrier.arrive" : "barrier.sync");
     std::vector<Reg> dst, src;
     size_t first = 0, last = in.operands.size();
     if (in.has("red")) {
