@@ -94,7 +94,7 @@ MUTANTS = (
     M("norm_gradient_without_rstd", LIB, "norm_input_gradient", "return d * rstd[:, None]", "return d", NORMS),
     M("norm_gradient_takes_padding", LIB, "norm_input_gradient", "dnormed = tl.where(keep, dnormed, 0.0)",
       "dnormed = dnormed * 1.0", NORMS, equivalent="every caller's gradient is zero beyond the last column already"),
-    M("inverse_root_steps_too_far", LIB, "inverse_sqrt", "tl.fma(r, step, r)", "tl.fma(r, step, 1.001 * r)",
+    M("inverse_root_steps_too_far", LIB, "inverse_sqrt", "fused(r, step, r)", "fused(r, step, 1.001 * r)",
       "add_layer_norm masked_cosine_loss"),
     M("silu_precise_exponent_of_another_base", LIB, "silu_and_slope", "tl.exp2(p)", "tl.exp(p)", "swiglu"),
     M("silu_slope_without_its_second_term", LIB, "silu_and_slope", "sigmoid + silu * (1.0 - sigmoid)", "sigmoid",

@@ -32,11 +32,19 @@ def row_offsets(rows, stride):
 
 
 @triton.jit
+def fused(a, b, c):
+    """a b + c, float32, rounded once: the interpreter's own fma rounds twice, which its users cannot bear."""
+    if INTERPRETED:
+        return (a.to(tl.float64) * b + c).to(tl.float32)
+    return tl.fma(a, b, c)
+
+
+@triton.jit
 def inverse_sqrt(x):
     """1 / sqrt(x), float32. A GPU approximates it; a step of Newton's, for its error would be that of a whole row."""
     r = tl.rsqrt(x)
-    step = tl.fma(-0.5 * x * r, r, 0.5)
-    return tl.where(step == step, tl.fma(r, step, r), r)  # no step at 0 and infinity
+    step = fused(-0.5 * x * r, r, 0.5)
+    return tl.where(step == step, fused(r, step, r), r)  # no step at 0 and infinity
 
 
 @triton.jit
@@ -72,12 +80,12 @@ def silu_and_slope(gate, PRECISE: tl.constexpr):
         # finite and change sigmoids under 1.7e-38.
         x = tl.minimum(tl.maximum(-gate, -104.0), 87.0)
         p = x * 1.4426950216293335
-        rest = tl.fma(x, 1.4426950216293335, -p) + x * 1.925963033500e-08
+        rest = fused(x, 1.4426950216293335, -p) + x * 1.925963033500e-08
         power = tl.exp2(p)
-        below = 1.0 + tl.fma(power, rest * 0.6931471805599453, power)
+        below = 1.0 + fused(power, rest * 0.6931471805599453, power)
         # A GPU's quotient is 2 units in the last place off, and a step of Newton's makes it less than one.
         sigmoid = 1.0 / below
-        sigmoid = tl.fma(sigmoid, tl.fma(-below, sigmoid, 1.0), sigmoid)
+        sigmoid = fused(sigmoid, fused(-below, sigmoid, 1.0), sigmoid)
     else:
         sigmoid = 1.0 / (1.0 + tl.exp(-gate))
     silu = gate * sigmoid
