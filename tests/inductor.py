@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import re
+import sys
+import tempfile
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -114,3 +118,47 @@ def run(function: Callable[..., Any], inputs: list[Tensor], folder: Path) -> tup
         exec(compile(text, "generated", "exec"), scope)
         outputs = scope["call"](list(inputs))
     return list(outputs), len(kernels)
+
+
+def _rows(*shape, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+CASES = {
+    "layer norm and gate": (
+        lambda x, w, b: torch.nn.functional.layer_norm(x, (x.shape[-1],), w, b).sigmoid() * x,
+        [_rows(16, 200), _rows(200), _rows(200)],
+    ),
+    "gated activation in bfloat16": (
+        lambda gate, up: torch.nn.functional.silu(gate) * up,
+        [_rows(10, 200, dtype=torch.bfloat16), _rows(10, 200, dtype=torch.bfloat16).flip(0)],
+    ),
+    "softmax of long rows": (lambda x: torch.softmax(x, -1), [_rows(3, 3000)]),
+    "sums of columns": (lambda x: x.square().sum(0), [_rows(300, 40)]),
+    "running sums": (lambda x: x.cumsum(-1), [_rows(5, 130)]),
+    "sums by index": (
+        lambda x, i: x.new_zeros(7, 16).index_add(0, i, x),
+        [_rows(50, 16), torch.arange(50) % 7],
+    ),
+}
+
+
+def main() -> None:
+    """Run every case and write {name: {"kernels": how many, "error": None or what went wrong}} to argv[1]."""
+    outcome: dict[str, dict[str, Any]] = {}
+    for name, (function, inputs) in CASES.items():
+        kernels = 0
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                (out,), kernels = run(function, inputs, Path(folder))
+            expected = function(*(t.double() if t.is_floating_point() else t for t in inputs))
+            tolerance = 2e-2 if out.dtype == torch.bfloat16 else 1e-5
+            torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
+            outcome[name] = {"kernels": kernels, "error": None}
+        except Exception:
+            outcome[name] = {"kernels": kernels, "error": traceback.format_exc()}
+    Path(sys.argv[1]).write_text(json.dumps(outcome))
+
+
+if __name__ == "__main__":
+    main()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+
 import inductor
 import pytest
 import torch
@@ -112,34 +116,15 @@ def test_rope():
 
 
 # ---- what torch.compile writes for a GPU
-def _rows(*shape, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Outcome of every case of inductor.py: in a process of its own, where torch has not yet looked for a GPU."""
+    output = tmp_path_factory.mktemp("inductor") / "outcome.json"
+    subprocess.run([sys.executable, inductor.__file__, output], check=True, timeout=300)
+    return json.loads(output.read_text())
 
 
-_COMPILED = {
-    "layer norm and gate": (
-        lambda x, w, b: torch.nn.functional.layer_norm(x, (x.shape[-1],), w, b).sigmoid() * x,
-        [_rows(16, 200), _rows(200), _rows(200)],
-    ),
-    "gated activation in bfloat16": (
-        lambda gate, up: torch.nn.functional.silu(gate) * up,
-        [_rows(10, 200, dtype=torch.bfloat16), _rows(10, 200, dtype=torch.bfloat16).flip(0)],
-    ),
-    "softmax of long rows": (lambda x: torch.softmax(x, -1), [_rows(3, 3000)]),
-    "sums of columns": (lambda x: x.square().sum(0), [_rows(300, 40)]),
-    "running sums": (lambda x: x.cumsum(-1), [_rows(5, 130)]),
-    "sums by index": (
-        lambda x, i: x.new_zeros(7, 16).index_add(0, i, x),
-        [_rows(50, 16), torch.arange(50) % 7],
-    ),
-}
-
-
-@pytest.mark.parametrize("name", _COMPILED)
-def test_a_program_of_inductors(name, tmp_path):
-    function, inputs = _COMPILED[name]
-    (out,), kernels = inductor.run(function, inputs, tmp_path)
-    assert kernels >= 1
-    expected = function(*(t.double() if t.is_floating_point() else t for t in inputs))
-    tolerance = 2e-2 if out.dtype == torch.bfloat16 else 1e-5
-    torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
+@pytest.mark.parametrize("name", inductor.CASES)
+def test_a_program_of_inductors(name, compiled):
+    assert compiled[name]["kernels"] >= 1
+    assert compiled[name]["error"] is None
