@@ -23,7 +23,6 @@ from eva02_kernels._registry import get_spec
 from eva02_kernels.bench.machine import environment
 from eva02_kernels.bench.report import print_table, write_json
 from eva02_kernels.testing import executing
-from eva02_kernels.testing.gpusim import Report
 
 # What a block with sub-LN consists of, in its order.
 BLOCK = (("qkv_rope", "block"), ("rope_attention_packed", "rotated"), ("linear", "residual"), ("swiglu_mlp", "block"))
@@ -87,10 +86,7 @@ def _count(case: Case, model: str, batch: int) -> dict[str, Moved]:
             calls.bytes + 32 * sum(r.counters.global_load_sectors + r.counters.global_store_sectors for r in reports),
         )
 
-    def keep(report: Report) -> None:
-        reports.append(report)
-
-    with executing("simulator", on_report=keep), counting(calls):
+    with executing("simulator", on_report=reports.append), counting(calls):
         outputs = getattr(eva02_kernels, case.op)(*args, **kwargs, backend="triton")
         forward = so_far()
         _backward(outputs, i.leaves)

@@ -994,7 +994,7 @@ bool decode_setp(Decoder& d, const Instruction& in, Op& op) {
   if (in.operands.empty() || in.modifiers.empty()) return false;
   const Operand& to = in.operands[0];
   if (to.kind == Operand::kPair)
-    for (const auto& o : to.list) dst.push_back(o.name == "_" ? d.sink(false) : d.predicate(o));
+    for (const auto& o : to.list) dst.push_back(d.predicate_or_sink(o));
   else
     dst = {d.predicate(to)};
   const std::vector<std::string> joins = {"and", "or", "xor"};

@@ -521,6 +521,16 @@ bool integer_atomic(Op& op, const std::string& what) {
   return true;
 }
 
+// The sums of two 16-bit numbers each.
+template <class T, class F>
+u32 pair_sum(u32 a, u32 b, F round) {
+  const auto sum = [&](u32 x, u32 y) {
+    return static_cast<u32>(
+        round(static_cast<double>(to_float(T{static_cast<u16>(x)})) + to_float(T{static_cast<u16>(y)})));
+  };
+  return sum(a, b) | sum(a >> 16, b >> 16) << 16;
+}
+
 bool set_atomic_of(Op& op, const std::string& what, const std::string& type) {
   if (type == "u32" || type == "b32") return integer_atomic<u32>(op, what);
   if (type == "s32") return integer_atomic<i32>(op, what);
@@ -539,21 +549,9 @@ bool set_atomic_of(Op& op, const std::string& what, const std::string& type) {
     set_atomic<u16>(
         op, [](u16 o, u16 a, u16) { return bf16_bits(static_cast<double>(to_float(bf16{o})) + to_float(bf16{a})); });
   else if (type == "f16x2")
-    set_atomic<u32>(op, [](u32 o, u32 a, u32) {
-      const auto sum = [](u32 x, u32 y) {
-        return static_cast<u32>(
-            f16_bits(static_cast<double>(to_float(f16{static_cast<u16>(x)})) + to_float(f16{static_cast<u16>(y)})));
-      };
-      return sum(o, a) | sum(o >> 16, a >> 16) << 16;
-    });
+    set_atomic<u32>(op, [](u32 o, u32 a, u32) { return pair_sum<f16>(o, a, [](double v) { return f16_bits(v); }); });
   else if (type == "bf16x2")
-    set_atomic<u32>(op, [](u32 o, u32 a, u32) {
-      const auto sum = [](u32 x, u32 y) {
-        return static_cast<u32>(
-            bf16_bits(static_cast<double>(to_float(bf16{static_cast<u16>(x)})) + to_float(bf16{static_cast<u16>(y)})));
-      };
-      return sum(o, a) | sum(o >> 16, a >> 16) << 16;
-    });
+    set_atomic<u32>(op, [](u32 o, u32 a, u32) { return pair_sum<bf16>(o, a, [](double v) { return bf16_bits(v); }); });
   else
     return false;
   return true;
