@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("timm")
+from eva02.data import (
+    ArraySource,
+    BadImages,
+    BlockMask,
+    EvalTransform,
+    FinetuneTransform,
+    MimTransform,
+    Mixup,
+    TrainLoader,
+    eval_loader,
+    every_other,
+    open_source,
+)
+
+SIZE = (28, 28)
+MIM = MimTransform(SIZE, BlockMask.for_grid((2, 2)))
+
+
+def source_of(count: int = 40) -> ArraySource:
+    images = np.random.default_rng(0).integers(0, 255, (count, 40, 50, 3), dtype=np.uint8)
+    return ArraySource(images, np.arange(count) % 4, [f"class {i}" for i in range(4)])
+
+
+def take(loader: TrainLoader, count: int) -> list[dict[str, torch.Tensor]]:
+    batches = iter(loader)
+    return [next(batches) for _ in range(count)]
+
+
+def assert_same(batches, expected):
+    assert len(batches) == len(expected)
+    for batch, other in zip(batches, expected, strict=True):
+        assert batch.keys() == other.keys()
+        for key in batch:
+            assert torch.equal(batch[key], other[key]), key
+
+
+# ---- masks -------------------------------------------------------------------------------------------------------
+def test_block_masks_have_the_published_statistics():
+    mask = BlockMask()
+    counts = np.array([int(mask(np.random.default_rng(seed)).sum()) for seed in range(5000)])
+    assert counts.max() == 105
+    assert abs(counts.mean() - 104.44) < 0.08  # 4 standard errors
+    assert abs((counts == 105).mean() - 0.65) < 0.03
+    assert counts.min() >= 88
+
+
+def test_block_masks_are_unions_of_blocks():
+    mask = BlockMask()(np.random.default_rng(0)).view(16, 16).int()
+    # Of 105 patches that lie at random, 60 % of the right neighbours would be unmasked.
+    changes = int((mask[:, 1:] != mask[:, :-1]).sum() + (mask[1:] != mask[:-1]).sum())
+    assert changes < 120
+
+
+def test_validation_mask():
+    mask = every_other((16, 16))
+    assert mask.sum() == 128 and mask[0] and not mask[1] and mask[254]
+
+
+def test_impossible_masks_are_refused():
+    with pytest.raises(ValueError, match=r"num_masked must lie in \[1, 16\]"):
+        BlockMask((4, 4), 17)
+
+
+# ---- loading -----------------------------------------------------------------------------------------------------
+def test_workers_change_nothing():
+    plain = take(TrainLoader(source_of(), MIM, 8, seed=3), 12)  # more than two epochs
+    assert_same(take(TrainLoader(source_of(), MIM, 8, seed=3, num_workers=2), 12), plain)
+
+
+def test_processes_share_a_batch():
+    whole = take(TrainLoader(source_of(), MIM, 8, seed=3), 6)
+    parts = [take(TrainLoader(source_of(), MIM, 8, seed=3, rank=rank, world_size=2), 6) for rank in range(2)]
+    joined = [
+        {key: torch.cat([first[key], second[key]]) for key in first} for first, second in zip(*parts, strict=True)
+    ]
+    assert_same(joined, whole)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resume_continues_with_the_next_batch(workers):
+    expected = take(TrainLoader(source_of(), MIM, 8), 13)
+    loader = TrainLoader(source_of(), MIM, 8, num_workers=workers)
+    assert_same(take(loader, 7), expected[:7])  # workers have loaded more than that
+    again = TrainLoader(source_of(), MIM, 8, num_workers=workers)
+    again.load_state_dict(loader.state_dict())
+    assert_same(take(again, 6), expected[7:])
+
+
+def test_a_position_belongs_to_its_data():
+    state = TrainLoader(source_of(), MIM, 8).state_dict()
+    with pytest.raises(ValueError, match="seed was 0, is 1; samples was 40, is 30"):
+        TrainLoader(source_of(30), MIM, 8, seed=1).load_state_dict(state)
+
+
+def test_epochs_are_permutations_that_differ():
+    loader = TrainLoader(source_of(), MIM, 8)
+    batches = take(loader, 10)
+    epochs = [torch.cat([batch["index"] for batch in batches[start : start + 5]]) for start in (0, 5)]
+    assert all(sorted(epoch.tolist()) == list(range(40)) for epoch in epochs)
+    assert not torch.equal(*epochs)
+
+
+@pytest.mark.parametrize("transform", [MIM, FinetuneTransform(SIZE)])
+def test_global_generators_do_not_move(transform):
+    def draws():
+        return random.random(), np.random.random(), torch.rand(()).item()
+
+    def seed():
+        random.seed(1)
+        np.random.seed(1)
+        torch.manual_seed(1)
+
+    seed()
+    expected = draws()
+    seed()
+    first = take(TrainLoader(source_of(), transform, 8), 2)
+    assert draws() == expected
+    assert_same(take(TrainLoader(source_of(), transform, 8), 2), first)
+
+
+class Damaged(ArraySource):
+    """Some images cannot be read."""
+
+    def __init__(self, bad: set[int]) -> None:
+        plain = source_of()
+        super().__init__(plain.images, plain.targets, plain.classes)
+        self.bad_indices = bad
+
+    def __getitem__(self, index):
+        if index in self.bad_indices:
+            raise OSError("truncated")
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_images_are_named_and_replaced(workers, caplog):
+    loader = TrainLoader(Damaged({3, 5}), MIM, 8, num_workers=workers, max_bad_images=2)
+    batches = take(loader, 10)
+    indices = torch.cat([batch["index"] for batch in batches])
+    assert len(indices) == 80 and not {3, 5} & set(indices.tolist())
+    assert loader.bad == {"image 3": "OSError: truncated", "image 5": "OSError: truncated"}
+    assert caplog.text.count("skipped image 3: OSError: truncated") == 1
+    assert_same(take(TrainLoader(Damaged({3, 5}), MIM, 8), 10), batches)
+
+
+@pytest.mark.parametrize("bad", [{1, 2, 3}, set(range(40))])
+def test_too_many_bad_images_are_an_error(bad):
+    with pytest.raises(BadImages, match="3 images could not be read, 2 are allowed") as caught:
+        take(TrainLoader(Damaged(bad), MIM, 8, max_bad_images=2), 5)
+    name = next(iter(caught.value.bad))
+    assert f"{name}: OSError: truncated" in str(caught.value)
+
+
+def test_evaluation_sees_every_sample_once():
+    transform = EvalTransform(SIZE)
+    parts = [list(eval_loader(source_of(41), transform, 6, rank=rank, world_size=3)) for rank in range(3)]
+    assert sorted(int(i) for part in parts for batch in part for i in batch["index"]) == list(range(41))
+    with pytest.raises(RuntimeError, match="image 3: OSError: truncated"):
+        list(eval_loader(Damaged({3}), transform, 6))
+
+
+def test_mixup_follows_from_the_batch():
+    def loader():
+        return TrainLoader(source_of(), FinetuneTransform(SIZE), 8, collate=Mixup(4, cutmix=1.0))
+
+    first = take(loader(), 5)
+    assert first[0]["label"].shape == (8, 4)
+    assert_same(take(loader(), 5), first)
+    assert len({batch["label"].max().item() for batch in first}) > 2  # each batch draws its own share
+
+
+def test_digits():
+    train, val = open_source("digits"), open_source("digits", "val")
+    assert (len(train), len(val)) == (1437, 360)
+    assert val[0][0].size == (8, 8) and {val[i][1] for i in range(len(val))} == set(range(10))
+    held_out = {val[i][0].tobytes() for i in range(len(val))}
+    assert not held_out & {train[i][0].tobytes() for i in range(len(train))}
