@@ -8,6 +8,7 @@ Source: Fang et al., EVA-02, arXiv:2303.11331.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from eva02.config import ModelConfig, model_config
 from eva02.resize import resize_pos_embed
-from eva02_kernels import add_layer_norm, gather_layer_norm, linear, mask_tokens
+from eva02_kernels import RopeTable, add_layer_norm, gather_layer_norm, gather_tokens, linear, mask_tokens
 from eva02_kernels.nn import EvaBlock, Rope2d
 
 
@@ -119,8 +120,8 @@ class Eva02(nn.Module):
         )
 
     # ---- forward -------------------------------------------------------------------------------------------------
-    def _encode(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Tokens after the last block, before any final norm: (B, 1 + P, C)."""
+    def _embed(self, images: Tensor, mask: Tensor | None = None) -> tuple[Tensor, RopeTable | None]:
+        """Tokens before the first block, (B, 1 + P, C), and the rotation of their grid."""
         height, width = images.shape[-2:]
         config, pos_embed = self.config, self.pos_embed
         if (height, width) == self.img_size:
@@ -143,18 +144,29 @@ class Eva02(nn.Module):
             patches = torch.lerp(patches.detach(), patches, config.patch_grad_scale)
         mask_token = None if mask is None else self.mask_token
         x = mask_tokens(patches, mask, mask_token, pos_embed, self.cls_token)
-        rope = None if self.rope is None else self.rope(grid, x.device)
+        return x, None if self.rope is None else self.rope(grid, x.device)
+
+    def _encode(self, x: Tensor, rope: RopeTable | None, out_idx: Tensor | None = None) -> Tensor:
+        """Tokens after the last block, before any final norm: (B, 1 + P, C).
+
+        With `out_idx`, flat rows b * (1 + P) + s, (M,): those alone, (M, C); the last block computes no others.
+        """
+        blocks: list[Callable[..., Tensor]] = list(self.blocks)
         if self.grad_checkpointing and torch.is_grad_enabled():
-            for block in self.blocks:
-                x = checkpoint(block, x, rope, use_reentrant=False)
-        else:
-            for block in self.blocks:
+            blocks = [partial(checkpoint, block, use_reentrant=False) for block in blocks]
+        if out_idx is None:
+            for block in blocks:
                 x = block(x, rope)
-        return x
+            return x
+        if not blocks:
+            return gather_tokens(x, out_idx)
+        for block in blocks[:-1]:
+            x = block(x, rope)
+        return blocks[-1](x, rope, out_idx=out_idx)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """All tokens, after the final norm where the model has one: (B, 1 + P, C)."""
-        return _norm(self._encode(images), self.norm)
+        return _norm(self._encode(*self._embed(images)), self.norm)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pooled and classified tokens; with `pre_logits`, what the classifier would be given."""
@@ -162,11 +174,18 @@ class Eva02(nn.Module):
             x = x[:, self.num_prefix_tokens :].mean(dim=1)
         elif self.global_pool == "token":
             x = x[:, 0]
+        return self._classify(x, pre_logits)
+
+    def _classify(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = self.head_drop(_norm(x, self.fc_norm))
         return x if pre_logits else self.head(x)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(images))
+        if self.global_pool != "token":
+            return self.forward_head(self.forward_features(images))
+        x, rope = self._embed(images)
+        cls_rows = torch.arange(x.shape[0], device=x.device) * x.shape[1]
+        return self._classify(_norm(self._encode(x, rope, cls_rows), self.norm))
 
     # ---- training ------------------------------------------------------------------------------------------------
     def no_weight_decay(self) -> set[str]:
@@ -293,17 +312,20 @@ class Eva02Mim(Eva02):
         Returns:
             (M, mim_dim); with neither mask nor idx (B, P, mim_dim).
         """
-        x = self._encode(images, mask)
+        x, rope = self._embed(images, mask)
         norm, lm_head = self.norm, self.lm_head
         if idx is None:
             if mask is None:
-                return lm_head(_norm(x, norm)[:, self.num_prefix_tokens :])
+                return lm_head(_norm(self._encode(x, rope), norm)[:, self.num_prefix_tokens :])
             idx = mask.flatten().nonzero().squeeze(1)
         num_patches = x.shape[1] - self.num_prefix_tokens
         # Row b * P + p of the patches is row b * (P + prefix) + prefix + p of the tokens.
         token_idx = idx + (idx.div(num_patches, rounding_mode="floor") + 1) * self.num_prefix_tokens
-        token_idx = torch.where(idx < 0, idx, token_idx)
-        return lm_head(gather_layer_norm(x, token_idx, norm.weight, norm.bias, norm.eps))
+        padding = idx < 0
+        rows = self._encode(x, rope, torch.where(padding, idx, token_idx))
+        order = torch.arange(len(idx), dtype=idx.dtype, device=idx.device)
+        rows = gather_layer_norm(rows[None], torch.where(padding, idx, order), norm.weight, norm.bias, norm.eps)
+        return lm_head(rows)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Predictions of all patches from `forward_features`' tokens: (B, P, mim_dim)."""

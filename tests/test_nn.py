@@ -16,6 +16,7 @@ from torch import nn
 
 import eva02_kernels
 from eva02_kernels.nn import AddLayerNorm, EvaBlock, Mlp, Rope2d, RopeAttention, SwiGLU, SwiGLUPacked, drop_path_scale
+from eva02_kernels.nn import block as eva_block
 
 GRID = (3, 5)
 DIM, HEADS = 128, 2
@@ -182,6 +183,75 @@ def test_drop_path(post_norm):
     torch.testing.assert_close(out[branch], x[branch] + 2 * (kept - x)[branch], rtol=1e-4, atol=1e-4)
     assert torch.equal(out[~branch], x[~branch])
     assert 16 < branch.sum() < 48
+
+
+@pytest.mark.parametrize("post_norm", [False, True])
+@pytest.mark.parametrize("kept", [[0, 2, 3], []])
+def test_drop_path_computes_the_kept_samples_only(post_norm, kept, monkeypatch):
+    block = EvaBlock(DIM, HEADS, drop_path=0.5, use_post_norm=post_norm, mlp_ratio=1.0, init_values=0.5)
+    randomise(block)
+    table = eva02_kernels.rope_2d(GRID, DIM // HEADS)
+    monkeypatch.setattr(eva_block, "kept_samples", lambda *_: torch.tensor(kept, dtype=torch.int64))
+    factors = torch.zeros(5).index_fill(0, torch.tensor(kept, dtype=torch.int64), 2.0)
+    monkeypatch.setattr(eva_block, "drop_path_scale", lambda *_: (factors, factors))
+    seen = []
+    block.mlp.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+
+    def results():
+        x = tokens(batch=5).requires_grad_()
+        out = block(x, table)
+        block.zero_grad(set_to_none=True)
+        out.backward(tokens(batch=5, seed=2))
+        return {"output": out, "x": x.grad, **{name: p.grad for name, p in block.named_parameters()}}
+
+    skipped = results()
+    monkeypatch.setattr(eva_block, "_shapes_are_fixed", lambda x: True)
+    scaled = results()
+    assert seen == [len(kept), 5]
+    for name, value in scaled.items():
+        torch.testing.assert_close(skipped[name], value, rtol=1e-4, atol=1e-5 * value.abs().max().item(), msg=name)
+
+
+def test_kept_samples():
+    torch.manual_seed(0)
+    kept = eva_block.kept_samples(1000, 0.25, torch.device("cpu"))
+    assert 700 < len(kept) < 800
+    assert kept.unique().equal(kept)
+    assert eva_block.kept_samples(8, 0.0, torch.device("cpu")) is None
+    assert not len(eva_block.kept_samples(8, 1.0, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("post_norm", [False, True])
+def test_rows_of_the_last_block(post_norm):
+    """Only the rows that are read go through the feed-forward network, and they are those of the whole block."""
+    block = EvaBlock(DIM, HEADS, use_post_norm=post_norm, mlp_ratio=1.0, scale_attn_inner=True)
+    randomise(block)
+    table = eva02_kernels.rope_2d(GRID, DIM // HEADS)
+    length = 1 + GRID[0] * GRID[1]
+    idx = torch.tensor([3, length + 4, 2 * length - 1])
+    dout = tokens(batch=1, length=3, seed=2)[0]
+    rows = []
+    block.mlp.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[:-1].numel()))
+
+    def results(call):
+        x = tokens().requires_grad_()
+        out = call(x)
+        block.zero_grad(set_to_none=True)
+        out.backward(dout)
+        return {"output": out, "x": x.grad, **{name: p.grad for name, p in block.named_parameters()}}
+
+    whole = results(lambda x: block(x, table).flatten(0, 1)[idx])
+    for name, value in results(lambda x: block(x, table, out_idx=idx)).items():
+        torch.testing.assert_close(value, whole[name], rtol=1e-4, atol=1e-5 * whole[name].abs().max().item(), msg=name)
+    assert rows == [2 * length, 3]
+    padded = block(tokens(), table, out_idx=torch.tensor([3, -1], dtype=torch.int32))
+    torch.testing.assert_close(padded[0], whole["output"][0])
+
+
+def test_drop_path_of_single_rows():
+    block = EvaBlock(DIM, HEADS, drop_path=1.0, mlp_ratio=1.0).train()
+    x, idx = tokens(), torch.tensor([3, 20])
+    torch.testing.assert_close(block(x, out_idx=idx), x.flatten(0, 1)[idx])
 
 
 def test_drop_path_scale():

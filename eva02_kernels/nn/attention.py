@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from eva02_kernels import add_layer_norm, linear, qkv_rope, rope_attention_packed
+from eva02_kernels import add_layer_norm, gather_tokens, linear, qkv_rope, rope_attention_packed
 from eva02_kernels.nn.mlp import NormLayer
 from eva02_kernels.nn.norm import PreNorm, fusable_norm
 from eva02_kernels.rope import RopeTable
@@ -96,6 +96,7 @@ class RopeAttention(nn.Module):
         residual: Tensor | None = None,
         layer_scale: Tensor | None = None,
         row_scale: Tensor | None = None,
+        out_idx: Tensor | None = None,
     ) -> Tensor:
         """Returns residual + row_scale * layer_scale * attention(pre_norm(x)); each of the three may be absent.
 
@@ -105,7 +106,9 @@ class RopeAttention(nn.Module):
             keep_idx: (B, K) int32 or int64, the patch each token after the prefix is; None means all, in order.
             key_padding_mask: (B, S) bool, True where a key may be attended to.
             pre_norm: (weight, bias, eps) of a LayerNorm computed inside the projection.
-            residual, layer_scale, row_scale: (B, S, dim), (dim,), (B,) float32.
+            residual, layer_scale, row_scale: (B, S, dim), (dim,), (B,) float32; with out_idx the first is (M, dim) and
+                the last (M,).
+            out_idx: (M,) flat rows b * S + s to return, as (M, dim); negative ones are padding. All tokens are keys.
         """
         qkv = self.qkv
         if qkv is not None:
@@ -135,6 +138,8 @@ class RopeAttention(nn.Module):
         out = rope_attention_packed(
             packed, key_padding_mask=key_padding_mask, causal=is_causal, scale=self.scale
         ).flatten(-2)
+        if out_idx is not None:
+            out = gather_tokens(out, out_idx)
         norm = self.norm
         if norm is not None:
             out = add_layer_norm(out, None, norm.weight, norm.bias, norm.eps)[0]

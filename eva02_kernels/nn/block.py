@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from eva02_kernels import add_layer_norm
+from eva02_kernels import add_layer_norm, gather_tokens
 from eva02_kernels.nn.attention import RopeAttention
 from eva02_kernels.nn.mlp import Mlp, NormLayer, SwiGLU, SwiGLUPacked
 from eva02_kernels.nn.norm import fusable_norm
@@ -23,6 +25,15 @@ def drop_path_scale(batch: int, drop_prob: float, count: int, device: torch.devi
     if keep > 0.0:
         scale.div_(keep)
     return scale.unbind(0)
+
+
+def kept_samples(batch: int, drop_prob: float, device: torch.device) -> Tensor | None:
+    """Stochastic depth as a selection: int64 index of the samples that are kept, or None where all are.
+
+    Drawn by the CPU's generator, so that the host knows how many there are without asking the device.
+    """
+    kept = (torch.rand(batch, device="cpu") >= drop_prob).nonzero().squeeze(1)
+    return None if len(kept) == batch else kept.to(device, non_blocking=True)
 
 
 class EvaBlock(nn.Module):
@@ -49,7 +60,8 @@ class EvaBlock(nn.Module):
         num_prefix_tokens: tokens that are not rotated.
         rotate_half: RoPE pairs (j, j + D/2).
         proj_drop, attn_drop: must be 0: no EVA recipe uses them and the fused ops have no dropout.
-        drop_path: stochastic depth rate of both branches.
+        drop_path: stochastic depth rate of both branches, drawn for each sample. A dropped sample's branch is not
+            computed, except where shapes must not depend on the draw (torch.compile, CUDA graphs, `out_idx`).
         init_values: initial layer scale; None has none.
         attn_only_layer_scale: layer scale on the attention branch only.
         norm_layer: builds the LayerNorms.
@@ -138,37 +150,80 @@ class EvaBlock(nn.Module):
         keep_idx: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
+        out_idx: Tensor | None = None,
     ) -> Tensor:
-        """x: (B, S, dim); the other arguments as in RopeAttention.forward. Returns (B, S, dim)."""
-        attn_scale = mlp_scale = None
-        if self.drop_path and self.training:
-            attn_scale, mlp_scale = drop_path_scale(x.shape[0], self.drop_path, 2, x.device)
-        norm1, norm2 = self.norm1, self.norm2
+        """x: (B, S, dim); the other arguments as in RopeAttention.forward. Returns (B, S, dim).
+
+        With `out_idx`, flat rows b * S + s, (M,): only those, (M, dim). All tokens are attended to, but what follows
+        attention is computed for these rows alone: for a last block of which not every row is read.
+        """
+
+        def attend(x: Tensor, **epilogue: Any) -> Tensor:
+            return self.attn(
+                x, rope, keep_idx=keep_idx, key_padding_mask=key_padding_mask, is_causal=is_causal, **epilogue
+            )
+
+        if not (self.drop_path and self.training):
+            return self._feed_forward(self._attention(x, attend, None, out_idx), None)
+        by_sample = rope is not None and (rope.per == "batch" or rope.grids is not None)
+        whole = out_idx is None and keep_idx is None and key_padding_mask is None and not by_sample
+        if whole and not _shapes_are_fixed(x):
+            x = self._on_kept(x, lambda kept, scale: self._attention(kept, attend, scale))
+            return self._on_kept(x, self._feed_forward)
+        attn_scale, mlp_scale = drop_path_scale(x.shape[0], self.drop_path, 2, x.device)
+        if out_idx is not None:
+            sample = out_idx.clamp(min=0).div(x.shape[1], rounding_mode="floor")
+            attn_scale, mlp_scale = attn_scale[sample], mlp_scale[sample]
+        return self._feed_forward(self._attention(x, attend, attn_scale, out_idx), mlp_scale)
+
+    def _attention(
+        self, x: Tensor, attend: Callable[..., Tensor], row_scale: Tensor | None, out_idx: Tensor | None = None
+    ) -> Tensor:
+        norm = self.norm1
+        residual = x if out_idx is None else gather_tokens(x, out_idx)
         if self.use_post_norm:
-            out = self.attn(x, rope, keep_idx=keep_idx, key_padding_mask=key_padding_mask, is_causal=is_causal)
-            x = _add_normed(x, out, norm1, attn_scale)
-            return _add_normed(x, self.mlp(x), norm2, mlp_scale)
-        x = self.attn(
+            return _add_normed(residual, attend(x, out_idx=out_idx), norm, row_scale)
+        return attend(
             x,
-            rope,
-            keep_idx=keep_idx,
-            key_padding_mask=key_padding_mask,
-            is_causal=is_causal,
-            pre_norm=(norm1.weight, norm1.bias, norm1.eps),
-            residual=x,
+            pre_norm=(norm.weight, norm.bias, norm.eps),
+            residual=residual,
             layer_scale=self.gamma_1,
-            row_scale=attn_scale,
+            row_scale=row_scale,
+            out_idx=out_idx,
         )
+
+    def _feed_forward(self, x: Tensor, row_scale: Tensor | None) -> Tensor:
+        norm = self.norm2
+        if self.use_post_norm:
+            return _add_normed(x, self.mlp(x), norm, row_scale)
         return self.mlp(
             x,
-            pre_norm=(norm2.weight, norm2.bias, norm2.eps),
+            pre_norm=(norm.weight, norm.bias, norm.eps),
             residual=x,
             layer_scale=self.gamma_2,
-            row_scale=mlp_scale,
+            row_scale=row_scale,
         )
+
+    def _on_kept(self, x: Tensor, branch: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """x with `branch` applied to the samples that stochastic depth keeps; the others are as they were.
+
+        No kept sample still calls the branch, on an empty batch: each parameter has a gradient in every step, which is
+        what DistributedDataParallel waits for.
+        """
+        kept = kept_samples(x.shape[0], self.drop_path, x.device)
+        part = x if kept is None else x.index_select(0, kept)
+        scale = torch.full(
+            (part.shape[0],), 1.0 / (1.0 - self.drop_path) if self.drop_path < 1.0 else 0.0, device=x.device
+        )
+        out = branch(part, scale)
+        return out if kept is None else x.index_copy(0, kept, out.to(x.dtype))
 
     def extra_repr(self) -> str:
         return f"drop_path={self.drop_path}, use_post_norm={self.use_post_norm}"
+
+
+def _shapes_are_fixed(x: Tensor) -> bool:
+    return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _add_normed(x: Tensor, branch: Tensor, norm: nn.Module, row_scale: Tensor | None) -> Tensor:
@@ -178,4 +233,4 @@ def _add_normed(x: Tensor, branch: Tensor, norm: nn.Module, row_scale: Tensor | 
     return torch.addcmul(x, normed, row_scale.to(x.dtype).view(-1, *[1] * (x.ndim - 1)))
 
 
-__all__ = ["EvaBlock", "drop_path_scale"]
+__all__ = ["EvaBlock", "drop_path_scale", "kept_samples"]
