@@ -20,7 +20,6 @@ import dataclasses
 import math
 import os
 import re
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +29,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from eva02.files import atomic_file
 from eva02.model import Eva02
 from eva02.resize import ResizeRule, resize_patch_kernel, resize_pos_embed
 
@@ -571,30 +571,13 @@ def save_checkpoint(model_or_state: nn.Module | Mapping[str, Tensor], path: Path
 def _write(state: State, path: Path, metadata: dict[str, str]) -> None:
     if path.suffix not in (".safetensors", ".pt", ".pth"):
         raise ValueError(f"save as .safetensors, .pt or .pth, got {path.name!r}")
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            if path.suffix == ".safetensors":
-                # Copies: safetensors refuses views that share storage.
-                tensors = {
-                    key: value.cpu().clone(memory_format=torch.contiguous_format) for key, value in state.items()
-                }
-                file.write(safetensors.torch.save(tensors, metadata=metadata))
-            else:
-                torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    with atomic_file(path) as file:
+        if path.suffix == ".safetensors":
+            # Copies: safetensors refuses views that share storage.
+            tensors = {key: value.cpu().clone(memory_format=torch.contiguous_format) for key, value in state.items()}
+            file.write(safetensors.torch.save(tensors, metadata=metadata))
+        else:
+            torch.save(state, file)
 
 
 def convert_checkpoint(
