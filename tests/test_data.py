@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import io
+import pickle
 import random
+import tarfile
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("timm")
 from eva02.data import (
@@ -176,6 +180,120 @@ def test_mixup_follows_from_the_batch():
     assert first[0]["label"].shape == (8, 4)
     assert_same(take(loader(), 5), first)
     assert len({batch["label"].max().item() for batch in first}) > 2  # each batch draws its own share
+
+
+# ---- sources -----------------------------------------------------------------------------------------------------
+@pytest.fixture
+def pictures(tmp_path, monkeypatch):
+    """Six PNG files' bytes, and an empty cache folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    encoded = []
+    for i in range(6):
+        file = io.BytesIO()
+        Image.new("L", (8 + i, 8), i).save(file, "PNG")
+        encoded.append(file.getvalue())
+    return encoded
+
+
+def contents(source):
+    """(width, value of the first pixel, target) of each sample, of a source that was pickled, as for a worker."""
+    source = pickle.loads(pickle.dumps(source))
+    samples = [source[i] for i in range(len(source))]
+    return [(image.width, image.getpixel((0, 0))[0], target) for image, target in samples]
+
+
+def write_folders(root, pictures, classes=("cat", "dog")):
+    for i, picture in enumerate(pictures):
+        place = root / classes[i % len(classes)] / "deep" / f"{i}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(picture)
+
+
+def test_folders(tmp_path, pictures):
+    write_folders(tmp_path / "data" / "train", pictures)
+    write_folders(tmp_path / "data" / "val", pictures[:2])
+    source = open_source(str(tmp_path / "data"))
+    assert source.classes == ["cat", "dog"] and source.name(0).endswith("train/cat/deep/0.png")
+    expected = [(8, 0, 0), (10, 2, 0), (12, 4, 0), (9, 1, 1), (11, 3, 1), (13, 5, 1)]
+    assert contents(source) == expected == contents(open_source(f"folder:{tmp_path}/data/train", "val"))
+    assert len(open_source(str(tmp_path / "data"), "validation")) == 2
+    with pytest.raises(ValueError, match="no split 'test', it has train, val"):
+        open_source(str(tmp_path / "data"), "test")
+    flat = open_source(str(tmp_path / "data" / "train" / "cat" / "deep"))
+    assert flat.classes is None and contents(flat) == [(8, 0, None), (10, 2, None), (12, 4, None)]
+
+
+def test_a_class_may_be_called_train(tmp_path, pictures):
+    write_folders(tmp_path / "vehicles", pictures, ("bus", "train"))
+    assert open_source(str(tmp_path / "vehicles")).classes == ["bus", "train"]
+
+
+def write_shard(path, pictures, start=0, **targets):
+    """A shard with a sample for each picture; `targets` maps an extension to the text of each sample."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for i, picture in enumerate(pictures):
+            members = {"png": picture, **{name: texts[i].encode() for name, texts in targets.items()}}
+            for extension, content in members.items():
+                member = tarfile.TarInfo(f"a.folder/{start + i:05}.{extension}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
+def test_shards(tmp_path, pictures):
+    write_shard(tmp_path / "x-train-000.tar", pictures[:4], cls=list("0101"), json=["{}"] * 4)
+    write_shard(tmp_path / "x-train-001.tar", pictures[4:], 4, cls=list("23"))
+    write_shard(tmp_path / "x-val-000.tar", pictures[:1], txt=["a cat"])
+    (tmp_path / "classnames.txt").write_text("a\nb\nc\nd\n")
+    expected = [(8 + i, i, target) for i, target in enumerate((0, 1, 0, 1, 2, 3))]
+    for _ in range(2):  # the second time from the kept index
+        source = open_source(str(tmp_path))
+        assert contents(source) == expected
+        assert contents(open_source(f"wds:{tmp_path}/x-train-{{000..001}}.tar")) == expected
+    assert source.classes == list("abcd") and source.name(5) == f"{tmp_path}/x-train-001.tar:a.folder/00005"
+    assert contents(open_source(str(tmp_path), "val")) == [(8, 0, "a cat")]
+    write_shard(tmp_path / "x-val-000.tar", pictures[2:4], json=['{"captions": ["x", "y"]}', '{"label": 7}'])
+    assert contents(open_source(str(tmp_path), "val")) == [(10, 2, ["x", "y"]), (11, 3, 7)]
+    with pytest.raises(FileNotFoundError, match=r"1 of 3 shards are missing, the first is .*-002\.tar"):
+        open_source(f"{tmp_path}/x-train-{{000..002}}.tar")
+
+
+def test_damaged_shards_are_named(tmp_path, pictures):
+    write_shard(tmp_path / "a.tar", [np.random.default_rng(0).bytes(5000)] * 3)
+    whole = (tmp_path / "a.tar").read_bytes()
+    for length in (7000, 100):
+        (tmp_path / "a.tar").write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"a\.tar is not a whole, uncompressed tar file"):
+            open_source(str(tmp_path / "a.tar"))
+    with tarfile.open(tmp_path / "a.tar", "w:gz"):
+        pass
+    with pytest.raises(ValueError, match=r"a\.tar is not a whole, uncompressed tar file"):
+        open_source(str(tmp_path / "a.tar"))
+
+
+def test_hugging_face_datasets(tmp_path, pictures):
+    datasets = pytest.importorskip("datasets")
+    columns = {"image": [{"bytes": picture, "path": None} for picture in pictures], "label": [0, 1] * 3, "id": [9] * 6}
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"]), "id": datasets.Value("int64")}
+    )
+    data = datasets.Dataset.from_dict(columns, features)
+    data.save_to_disk(str(tmp_path / "one"))
+    source = open_source(str(tmp_path / "one"))
+    assert source.classes == ["cat", "dog"] and contents(source) == [(8 + i, i, i % 2) for i in range(6)]
+    captions = data.remove_columns("label").add_column("caption", [f"picture {i}" for i in range(6)])
+    datasets.DatasetDict(train=data, validation=captions).save_to_disk(str(tmp_path / "two"))
+    assert contents(open_source(str(tmp_path / "two"), "val"))[1] == (9, 1, "picture 1")
+    with pytest.raises(ValueError, match="no split 'test'"):
+        open_source(f"hf:{tmp_path}/two", "test")
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no data at .*give 'digits', a folder"):
+        open_source(str(tmp_path / "nothing"))
+    (tmp_path / "class").mkdir()
+    with pytest.raises(ValueError, match="no image in"):
+        open_source(str(tmp_path))
 
 
 def test_digits():
