@@ -4,7 +4,7 @@
 
 #include <map>
 
-#include "gpusim/machine.h"
+#include "gpusim/outcome.h"
 
 namespace py = pybind11;
 using namespace gpusim;
@@ -13,20 +13,7 @@ namespace {
 
 py::dict fault_record(const Program& p, const Fault& f) {
   py::dict d;
-  d["kind"] = f.kind;
-  d["message"] = std::string(f.what());
-  const Instruction* in = p.instruction(f.op);
-  d["line"] = in ? in->line : 0;
-  d["text"] = in ? in->text : "";
-  d["where"] = in ? p.where(f.op) : "";
-  d["cta"] = f.cta;
-  d["thread"] = f.thread;
-  d["address"] = f.address;
-  d["tensor"] = f.region;
-  const Instruction* other = p.instruction(f.other_op);
-  d["other_line"] = other ? other->line : 0;
-  d["other_text"] = other ? other->text : "";
-  d["other_where"] = other ? p.where(f.other_op) : "";
+  describe(p, f, [&](const std::string& name, const auto& value) { d[py::str(name)] = value; });
   return d;
 }
 
@@ -84,36 +71,15 @@ py::dict launch(const Program& p, std::array<u32, 3> grid, std::array<u32, 3> bl
   py::list faults;
   for (const Fault& f : run.faults) faults.append(fault_record(p, f));
   py::list counters;
-  for (const Op& op : p.ops) {
-    const OpCounters& c = run.counters[op.index];
-    if (c.warps == 0 || op.source < 0) continue;
-    const Instruction& in = *p.instruction(op.index);
-    const bool is_store = in.opcode == "st" || in.opcode == "red";
-    std::string space = "";
-    if (c.bytes) space = c.ideal_wavefronts ? "shared" : "global";
-    counters.append(py::make_tuple(in.line, in.opcode, in.text, p.where(op.index), c.warps, c.lanes, space, is_store,
-                                   c.bytes, c.sectors, c.wavefronts, c.ideal_wavefronts, c.collisions));
-  }
+  describe_counters(run, [&](const auto&... fields) { counters.append(py::make_tuple(fields...)); });
   py::dict distinct;
   for (size_t i = 0; i < run.regions.size(); ++i) {
     const Region& r = run.regions[i];
-    const std::vector<u8>& touched = run.shadows[i].touched;
-    u64 loaded = 0, stored = 0, load_sectors = 0, store_sectors = 0;
-    for (u64 b = 0; b < touched.size();) {
-      const u64 end = std::min(r.size, (((r.base + b) / kSector) + 1) * kSector - r.base);
-      u8 any = 0;
-      for (; b < end; ++b) {
-        loaded += touched[b] & 1;
-        stored += touched[b] >> 1 & 1;
-        any |= touched[b];
-      }
-      load_sectors += any & 1;
-      store_sectors += any >> 1 & 1;
-    }
+    const Traffic t = traffic_of(run, i);
     std::string name = r.name;
     while (distinct.contains(py::str(name))) name += "'";
     distinct[py::str(name)] =
-        py::make_tuple(loaded, stored, load_sectors, store_sectors, reinterpret_cast<u64>(r.host));
+        py::make_tuple(t.loaded, t.stored, t.load_sectors, t.store_sectors, reinterpret_cast<u64>(r.host));
   }
   py::dict out;
   out["faults"] = faults;

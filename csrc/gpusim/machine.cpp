@@ -488,7 +488,7 @@ bool Cta::run(u64 quantum) {
 // ---- launches
 Region* Launch::region_of(u64 address) {
   const u64 slot = (address >> kGlobalShift) - 1;
-  if (slot < regions.size() && regions[slot].base >> kGlobalShift == slot + 1) return &regions[slot];
+  if (slot < regions.size() && address - regions[slot].base < regions[slot].size) return &regions[slot];
   // Where the host has them, in the order of their addresses.
   const auto above =
       std::upper_bound(regions.begin(), regions.end(), address, [](u64 a, const Region& r) { return a < r.base; });

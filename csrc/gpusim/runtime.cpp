@@ -3,12 +3,14 @@
 // loaded is neither used nor disturbed.
 //
 // Memory       an allocation begins at a multiple of 4 GiB, at the same address for the host: pointers stored in memory
-//              work, and what is beyond its end is nobody's.
+//              work, and what is beyond its end is nobody's. A test may name memory of the host besides (seam.h).
 // Streams      everything is done when a call returns. Events take the host's time: that of the simulation.
 // Errors       a fault of a kernel is printed, and the calls after it return cudaErrorLaunchFailure.
 // Environment  EVA02_GPUSIM="seed=1,order=reverse,threads=2,races=strict,uninit=load,numerics=perturb,budget=1000000,
 //              on_error=exit,report=1,capability=70"; on_error=exit ends the process with status 70 at a fault,
-//              report=1 prints what each launch executed, capability is what programs are told that the device has.
+//              on_error=collect goes on after it; report=1 prints what each launch executed, capability is what
+//              programs are told that the device has. Between begin and end of a recording (seam.h) its options hold,
+//              and faults are kept instead of printed.
 // Source       CUDA runtime API, reference manual 13.0; the layout of fat binaries as nvcc 13.0 writes it.
 #include <cuda_runtime_api.h>
 #include <sys/mman.h>
@@ -22,7 +24,8 @@
 #include <sstream>
 #include <utility>
 
-#include "gpusim/machine.h"
+#include "gpusim/outcome.h"
+#include "gpusim/seam.h"
 
 namespace gpusim {
 
@@ -34,14 +37,74 @@ struct Allocation {
   u64 base = 0, size = 0;
   std::string name;
   bool constant = false;
-  std::vector<u8> valid;  // empty: all of it
+  std::vector<u8> valid;                             // empty: all of it
+  bool mapped = false;                               // the host's own memory, which a test named
+  std::vector<std::pair<u64, u64>> views, required;  // [begin, end): what may be accessed, what has to be written
 };
+
+// The little of JSON that a record needs.
+std::string json(const std::string& text) {
+  std::string out = "\"";
+  for (const char c : text) {
+    const bool plain = static_cast<u8>(c) >= 0x20 && c != '"' && c != '\\';
+    char code[8];
+    if (!plain) snprintf(code, sizeof(code), "\\u%04x", static_cast<unsigned>(static_cast<u8>(c)));
+    out += plain ? std::string(1, c) : code;
+  }
+  return out + '"';
+}
+std::string json(bool value) { return value ? "true" : "false"; }
+template <class T>
+  requires std::is_integral_v<T>
+std::string json(T value) {
+  return std::to_string(value);
+}
+std::string json(const std::array<u32, 3>& v) { return '[' + json(v[0]) + ',' + json(v[1]) + ',' + json(v[2]) + ']'; }
+
+void append(std::string& list, const std::string& item) { list += (list.empty() ? "" : ",") + item; }
+
+std::string json(const Program& p, const Fault& f) {
+  std::string fields;
+  describe(p, f, [&](const std::string& name, const auto& value) { append(fields, json(name) + ':' + json(value)); });
+  return '{' + fields + '}';
+}
+
+// A launch that was not run, in the form of a fault.
+std::string refusal(const std::string& kind, const std::string& message, int line) {
+  return R"({"kind":)" + json(kind) + R"(,"message":)" + json(message) + R"(,"line":)" + json(line) +
+         R"(,"text":"","where":"","other_line":0,"other_text":"","other_where":"","cta":[0,0,0],"thread":[0,0,0],)" +
+         R"("address":0,"tensor":""})";
+}
+
+std::string json_of_launch(const std::string& kernel, const std::string& faults, const std::string& counters = "",
+                           const std::string& distinct = "", const std::string& output = "") {
+  return R"({"kernel":)" + json(kernel) + R"(,"faults":[)" + faults + R"(],"counters":[)" + counters +
+         R"(],"distinct":{)" + distinct + R"(},"output":)" + json(output) + '}';
+}
+
+std::string json(const Launch& run, const std::string& kernel) {
+  std::string faults, counters, distinct;
+  for (const Fault& f : run.faults) append(faults, json(run.program, f));
+  describe_counters(run, [&](const auto&... fields) {
+    std::string values;
+    (append(values, json(fields)), ...);
+    append(counters, '[' + values + ']');
+  });
+  for (size_t i = 0; i < run.regions.size(); ++i) {
+    if (run.shadows[i].touched.empty()) continue;
+    const Traffic t = traffic_of(run, i);
+    append(distinct, json(run.regions[i].name) + ":[" + json(t.loaded) + ',' + json(t.stored) + ',' +
+                         json(t.load_sectors) + ',' + json(t.store_sectors) + ',' +
+                         json(reinterpret_cast<u64>(run.regions[i].host)) + ']');
+  }
+  return json_of_launch(kernel, faults, counters, distinct, run.output);
+}
 
 struct LoadedModule {
   std::string text;
   bool placed = false;
-  std::map<std::string, u64> variables;  // name -> address, once they have memory
-  std::unordered_map<std::string, std::unique_ptr<Program>> programs;
+  std::map<std::string, u64> variables;                                      // name -> address, once they have memory
+  std::map<std::pair<std::string, u64>, std::unique_ptr<Program>> programs;  // by kernel and perturbation
 };
 
 struct Kernel {
@@ -68,17 +131,27 @@ struct Runtime {
   Options options;
   u64 perturbation = 0, allocated = 0, launches = 0;
   u32 next_slot = 1;
-  bool exit_at_fault = false, report = false;
+  bool exit_at_fault = false, report = false, recording = false;
+  std::string recorded;  // launches, as JSON
   cudaError_t last = cudaSuccess, sticky = cudaSuccess;
   std::string fault;
   int device = 0, capability = 80;  // what programs are told; their PTX is that of compute_80
 
-  Runtime() {
-    options.threads = 1;
-    if (const char* text = getenv("EVA02_GPUSIM")) configure(text);
+  Runtime() { use_environment(); }
+
+  void use_environment() {
+    const char* text = getenv("EVA02_GPUSIM");
+    const std::string unknown = configure(text ? text : "");
+    if (unknown.empty()) return;
+    fprintf(stderr, "gpusim: EVA02_GPUSIM: %s\n", unknown.c_str());
+    exit(70);
   }
 
-  void configure(const std::string& text) {
+  // All options from a text; gives what is wrong with it.
+  std::string configure(const std::string& text) {
+    options = {};
+    perturbation = 0, capability = 80;
+    exit_at_fault = report = false;
     std::istringstream items(text);
     for (std::string item; std::getline(items, item, ',');) {
       const size_t at = item.find('=');
@@ -100,16 +173,16 @@ struct Runtime {
         options.budget = number();
       } else if (key == "capability" && number() >= 50 && number() < 130) {
         capability = static_cast<int>(number());
-      } else if (key == "on_error" && (value == "exit" || value == "return")) {
-        exit_at_fault = value == "exit";
+      } else if (key == "on_error" && (value == "exit" || value == "return" || value == "collect")) {
+        exit_at_fault = value == "exit", options.collect = value == "collect";
       } else if (key == "report") {
         report = value != "0";
       } else {
-        fprintf(stderr, "gpusim: EVA02_GPUSIM: unknown option %s\n", item.c_str());
-        exit(70);
+        return "unknown option " + item;
       }
     }
     if (perturbation) perturbation *= options.seed + 1;
+    return "";
   }
 
   cudaError_t fail(cudaError_t error) { return last = error; }
@@ -129,7 +202,8 @@ struct Runtime {
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE, -1, 0);
       if (at == MAP_FAILED) continue;
       Allocation& a = memory[base];
-      a = {.base = base, .size = size, .name = name, .constant = false, .valid = {}};
+      a = {};
+      a.base = base, a.size = size, a.name = name;
       if (!written) a.valid.assign(size, 0);
       allocated += size;
       for (u64 at = base; at < base + std::max<u64>(size, 1); at += 1ull << kGlobalShift)
@@ -157,11 +231,14 @@ struct Runtime {
 
   // The decoded kernel; nullptr, and a message, for text that is no PTX.
   Program* program(const Kernel& kernel) {
-    auto& p = kernel.module->programs[kernel.name];
+    auto& p = kernel.module->programs[{kernel.name, perturbation}];
     try {
       if (p == nullptr) p = std::make_unique<Program>(kernel.module->text, kernel.name, perturbation);
     } catch (const PtxError& error) {
-      fprintf(stderr, "gpusim: %s: PTX line %d: %s\n", kernel.name.c_str(), error.line, error.what());
+      if (recording)
+        append(recorded, json_of_launch(kernel.name, refusal("unsupported", error.what(), error.line)));
+      else
+        fprintf(stderr, "gpusim: %s: PTX line %d: %s\n", kernel.name.c_str(), error.line, error.what());
     }
     return p.get();
   }
@@ -201,26 +278,36 @@ struct Runtime {
     if (const Instruction* in = p.instruction(f.other_op))
       text << "\n  and " << p.where(f.other_op) << "\n  PTX line " << in->line << ": " << in->text;
     fault = text.str();
-    fprintf(stderr, "gpusim: %s\n", fault.c_str());
+    if (!recording) fprintf(stderr, "gpusim: %s\n", fault.c_str());
     if (exit_at_fault) {
       fflush(nullptr);
       _exit(70);
     }
-    sticky = cudaErrorLaunchFailure;
+    if (!options.collect) sticky = cudaErrorLaunchFailure;
   }
 
   cudaError_t launch(const Kernel& kernel, dim3 grid, dim3 block, void** args, size_t shared) {
     if (sticky != cudaSuccess) return fail(sticky);
+    const auto refuse = [&](cudaError_t error, const std::string& why) {
+      if (recording) append(recorded, json_of_launch(kernel.name, refusal("refused", "refused launch: " + why, 0)));
+      return fail(error);
+    };
     const u64 threads = static_cast<u64>(block.x) * block.y * block.z;
     if (threads == 0 || threads > 1024 || block.z > 64 || grid.x == 0 || grid.y == 0 || grid.z == 0 ||
         grid.x > 2147483647u || grid.y > 65535 || grid.z > 65535 ||
         static_cast<u64>(grid.x) * grid.y * grid.z >= 1ull << 31)
-      return fail(cudaErrorInvalidConfiguration);
+      return refuse(cudaErrorInvalidConfiguration, "grid " + json(std::array{grid.x, grid.y, grid.z}) + ", block " +
+                                                       json(std::array{block.x, block.y, block.z}) +
+                                                       " are beyond CUDA's limits or empty");
     Program* p = program(kernel);
     if (p == nullptr) return fail(sticky = cudaErrorInvalidPtx);
-    if (p->entry->reqntid && static_cast<u64>(p->entry->reqntid) != threads) return fail(cudaErrorInvalidConfiguration);
+    if (p->entry->reqntid && static_cast<u64>(p->entry->reqntid) != threads)
+      return refuse(cudaErrorInvalidConfiguration, std::to_string(threads) + " threads a CTA, the kernel requires " +
+                                                       std::to_string(p->entry->reqntid));
     if (shared + (kernel.max_dynamic > 49152 ? 0 : p->static_shared) > kernel.max_dynamic)
-      return fail(cudaErrorInvalidValue);
+      return refuse(cudaErrorInvalidValue, std::to_string(shared) + " bytes of dynamic shared memory with " +
+                                               std::to_string(p->static_shared) + " static ones; it may have " +
+                                               std::to_string(kernel.max_dynamic));
     place_variables(*kernel.module);
     Launch run(*p);
     run.grid = {grid.x, grid.y, grid.z};
@@ -245,6 +332,7 @@ struct Runtime {
       r.base = base, r.size = a.size, r.host = reinterpret_cast<u8*>(base), r.constant = a.constant;
       r.name = a.name;
       r.valid = std::move(a.valid);
+      r.views = a.views;
       // Two modules may have variables of one name.
       const auto own = kernel.module->variables.find(a.name);
       if (own != kernel.module->variables.end() && own->second != base) r.name += " of another module";
@@ -259,7 +347,8 @@ struct Runtime {
       if (std::find(mapped[i]->valid.begin(), mapped[i]->valid.end(), 0) == mapped[i]->valid.end())
         mapped[i]->valid.clear();
     }
-    fwrite(run.output.data(), 1, run.output.size(), stdout);
+    if (recording) append(recorded, json(run, kernel.name));
+    if (!recording) fwrite(run.output.data(), 1, run.output.size(), stdout);
     ++launches;
     if (report)
       fprintf(stderr, "gpusim: %s <<<(%u, %u, %u), (%u, %u, %u), %zu>>>: %llu warp instructions in %.2f s\n",
@@ -271,7 +360,7 @@ struct Runtime {
 
   bool release(u64 base) {
     const auto it = memory.find(base);
-    if (it == memory.end()) return false;
+    if (it == memory.end() || it->second.mapped) return false;
     munmap(reinterpret_cast<void*>(base), std::max<u64>(it->second.size, 1));
     allocated -= it->second.size;
     released.push_back(base);
@@ -296,6 +385,18 @@ struct Runtime {
 Runtime& runtime() {
   static Runtime* const one = new Runtime;  // registration runs in constructors, and releases in destructors
   return *one;
+}
+
+// Messages and records that C code gets live until the next one.
+const char* kept(std::string text) {
+  static std::string one;
+  one = std::move(text);
+  return one.c_str();
+}
+
+Allocation* mapped_memory(u64 address, u64 bytes) {
+  Allocation* a = runtime().find(reinterpret_cast<void*>(address), bytes);
+  return a != nullptr && a->mapped ? a : nullptr;
 }
 
 // The PTX of a fat binary: a header of 16 bytes, then entries with a header each (kind 1 is PTX).
@@ -397,6 +498,75 @@ const Kernel* kernel_of(const void* function) {
 }
 
 }  // namespace
+
+const char* begin_recording(const char* text) {
+  Runtime& r = runtime();
+  if (r.recording) return "launches are recorded already";
+  const std::string wrong = r.configure(text);
+  if (!wrong.empty()) {
+    r.use_environment();
+    return kept(wrong);
+  }
+  r.recording = true;
+  r.last = r.sticky = cudaSuccess;
+  return nullptr;
+}
+
+const char* map_memory(u64 address, u64 bytes, const char* name) {
+  Runtime& r = runtime();
+  if (!r.recording) return "memory is mapped while launches are recorded";
+  const auto next = r.memory.lower_bound(address);
+  const bool before = next != r.memory.begin() && std::prev(next)->second.base + std::prev(next)->second.size > address;
+  if (bytes == 0 || before || (next != r.memory.end() && next->first < address + bytes))
+    return kept(std::string(name) + (bytes ? ": overlaps what is mapped already" : ": has no bytes"));
+  Allocation& a = r.memory[address];
+  a.base = address, a.size = bytes, a.name = name, a.mapped = true;
+  return nullptr;
+}
+
+const char* mark_unwritten(u64 address, u64 bytes, bool required) {
+  Allocation* a = mapped_memory(address, bytes);
+  if (a == nullptr) return "bytes that are not mapped";
+  if (a->valid.empty()) a->valid.assign(a->size, 1);
+  const u64 begin = address - a->base;
+  std::fill_n(a->valid.begin() + static_cast<std::ptrdiff_t>(begin), bytes, 0);
+  if (required) a->required.emplace_back(begin, begin + bytes);
+  return nullptr;
+}
+
+const char* allow_view(u64 address, u64 bytes) {
+  Allocation* a = mapped_memory(address, bytes);
+  if (a == nullptr) return "bytes that are not mapped";
+  a->views.emplace_back(address - a->base, address - a->base + bytes);
+  return nullptr;
+}
+
+const char* unmap_memory(u64 address) {
+  const auto it = runtime().memory.find(address);
+  if (it == runtime().memory.end() || !it->second.mapped) return "no mapped memory begins there";
+  runtime().memory.erase(it);
+  return nullptr;
+}
+
+const char* end_recording() {
+  Runtime& r = runtime();
+  std::string unwritten;
+  for (const auto& [base, a] : r.memory) {
+    u64 missing = 0, first = 0;
+    for (const auto& [begin, end] : a.required)
+      for (u64 b = begin; b < end && !a.valid.empty(); ++b)
+        if (!a.valid[b] && missing++ == 0) first = b;
+    if (missing)
+      append(unwritten, R"({"tensor":)" + json(a.name) + R"(,"first":)" + json(first) + R"(,"bytes":)" + json(missing) +
+                            R"(,"of":)" + json(a.size) + '}');
+  }
+  std::erase_if(r.memory, [](const auto& item) { return item.second.mapped; });
+  std::string record = R"({"launches":[)" + std::exchange(r.recorded, "") + R"(],"unwritten":[)" + unwritten + "]}";
+  r.recording = false;
+  r.last = r.sticky = cudaSuccess;
+  r.use_environment();
+  return kept(std::move(record));
+}
 
 }  // namespace gpusim
 

@@ -87,6 +87,13 @@ _KINDS = {
 }
 
 
+def fault_record(kind: str, message: str, **fields: Any) -> dict[str, Any]:
+    """The record of a fault that no thread made."""
+    place = {"line": 0, "text": "", "where": "", "cta": (0, 0, 0), "thread": (0, 0, 0), "address": 0, "tensor": ""}
+    other = {"other_line": 0, "other_text": "", "other_where": ""}
+    return {"kind": kind, "message": message, **place, **other, **fields}
+
+
 def error_of(kernel: str, record: dict[str, Any]) -> SimulationError:
     """The exception for one of the core's records."""
     return _KINDS.get(record["kind"], SimulationError)(kernel, record)

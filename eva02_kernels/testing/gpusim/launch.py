@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from eva02_kernels.testing.gpusim.errors import error_of
+from eva02_kernels.testing.gpusim.errors import error_of, fault_record
 from eva02_kernels.testing.gpusim.options import Options, current
 from eva02_kernels.testing.gpusim.report import Report, report_of
 
@@ -63,7 +63,7 @@ class Mapping(NamedTuple):
     address: Callable[[torch.Tensor], int]
 
 
-def _rows(tensor: torch.Tensor) -> list[tuple[int, int]]:
+def byte_ranges(tensor: torch.Tensor) -> list[tuple[int, int]]:
     """Byte ranges of the storage that a view covers, adjacent ones joined."""
     size = tensor.element_size()
     begin = int(tensor.storage_offset()) * size
@@ -82,7 +82,7 @@ def map_tensors(tensors: Sequence[tuple[str, torch.Tensor]], options: Options) -
     """One region for each distinct storage, in the order of the tensors."""
     fresh: dict[int, list[tuple[int, int]]] = {}
     for t in options.outputs:
-        fresh.setdefault(t.untyped_storage().data_ptr(), []).extend(_rows(t))
+        fresh.setdefault(t.untyped_storage().data_ptr(), []).extend(byte_ranges(t))
     regions: dict[int, list[Any]] = {}
     for name, tensor in tensors:
         if tensor.device.type != "cpu":
@@ -97,7 +97,7 @@ def map_tensors(tensors: Sequence[tuple[str, torch.Tensor]], options: Options) -
         else:
             regions[key][3] += f"/{name}"
         if options.bounds == "view":
-            regions[key][6] += _rows(tensor)
+            regions[key][6] += byte_ranges(tensor)
 
     def address(tensor: torch.Tensor) -> int:
         if tensor.numel() == 0:
@@ -179,9 +179,7 @@ def run_ptx(
     if kernel.unsupported and opts.on_error == "raise":
         line, text, reason = kernel.unsupported[0]
         message = f"unsupported instruction ({reason}), one of {len(kernel.unsupported)}"
-        record = {"kind": "unsupported", "message": message, "line": line, "text": text, "where": f"line {line}",
-                  "cta": (0, 0, 0), "thread": (0, 0, 0), "address": 0, "tensor": "",
-                  "other_line": 0, "other_text": "", "other_where": ""}  # fmt: skip
+        record = fault_record("unsupported", message, line=line, text=text, where=f"line {line}")
         raise error_of(entry_name, record)
     labels = list(names) if names is not None else [name for name, *_ in params]
     tensors = [(label, a) for label, a in zip(labels, args, strict=True) if isinstance(a, torch.Tensor)]

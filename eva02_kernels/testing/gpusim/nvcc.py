@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 STAND_IN = Path(__file__).with_name("libgpusim_cudart.a")
+SEAM = Path(__file__).with_name("gpusim_seam.o")  # what the program or library exports of it, for gpusim.Runtime
 # PTX alone, readable, and no runtime but the stand-in, whose symbols stay inside: a CUDA torch in the process loads the
 # real one into the global namespace.
 COMPILE = ("-gencode", "arch=compute_80,code=compute_80", "--compress-mode=none", "-cudart", "none")
@@ -18,8 +19,9 @@ def unavailable() -> str | None:
     """Why :func:`build` cannot work here, or None."""
     if shutil.which("nvcc") is None:
         return "there is no nvcc on PATH"
-    if not STAND_IN.exists():
-        return f"{STAND_IN.name} is missing: run `make gpusim` in a source tree, with CUDA's headers installed"
+    if not STAND_IN.exists() or not SEAM.exists():
+        missing = f"{STAND_IN.name} or {SEAM.name} is missing"
+        return f"{missing}: run `make gpusim` in a source tree, with CUDA's headers installed"
     return None
 
 
@@ -36,7 +38,7 @@ def build(sources: Sequence[str | Path], output: str | Path, *flags: str) -> Pat
     reason = unavailable()
     if reason:
         raise RuntimeError(f"gpusim.nvcc.build: {reason}")
-    command = ["nvcc", *COMPILE, *flags, *map(str, sources), str(STAND_IN), "-o", str(output), *LINK]
+    command = ["nvcc", *COMPILE, *flags, *map(str, sources), str(SEAM), str(STAND_IN), "-o", str(output), *LINK]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}\n{result.stdout}{result.stderr}")
