@@ -17,10 +17,11 @@ Transform = Callable[[Any, Any, np.random.Generator], Sample]
 Collate = Callable[[Sequence[Sample], np.random.Generator], Sample]
 _BAD = "_bad"
 _SAMPLE, _BATCH, _ORDER = 0, 1, 2  # last number of a generator's seed: three streams that never coincide
+_TRIES = 1000  # other images in place of a bad one
 _logger = logging.getLogger(__name__)
 
 
-class BadImages(RuntimeError):
+class BadImages(ValueError):
     """More images than allowed could not be read. `bad` maps their names to their errors."""
 
     def __init__(self, bad: dict[str, str], limit: int) -> None:
@@ -92,18 +93,18 @@ class TrainLoader:
             generator=torch.Generator(),  # else it draws from the global one
         )
         for batch in loader:
-            self._note_bad(batch.pop(_BAD))
+            self._note_bad(batch.pop(_BAD), give_up=not batch)
             self._batch += 1
             if self._batch == self.steps_per_epoch:
                 self._epoch, self._batch = self._epoch + 1, 0
             yield batch
 
-    def _note_bad(self, bad: dict[str, str]) -> None:
+    def _note_bad(self, bad: dict[str, str], give_up: bool) -> None:
         for name, error in bad.items():
             if name not in self.bad:
                 self.bad[name] = error
                 _logger.warning("skipped %s: %s", name, error)
-        if len(self.bad) > self.max_bad_images:
+        if give_up or len(self.bad) > self.max_bad_images:
             raise BadImages(self.bad, self.max_bad_images)
 
     def state_dict(self) -> dict[str, Any]:
@@ -134,6 +135,11 @@ class TrainLoader:
         self._epoch, self._batch, self.bad = state["epoch"], state["batch"], dict(state["bad"])
 
 
+def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
+    """The generator of everything that is drawn for a sample in an epoch."""
+    return np.random.default_rng((seed, epoch, index, _SAMPLE))
+
+
 class _Order(Sampler[list[tuple[int, int]]]):
     """This rank's (epoch, index) pairs of each batch, from the loader's position on."""
 
@@ -153,35 +159,42 @@ class _Order(Sampler[list[tuple[int, int]]]):
             epoch, batch = epoch + 1, 0
 
 
+Item = tuple[tuple[int, int], Sample | None, dict[str, str]]
+"""Epoch and index, the sample (None: too many are bad), and names and errors of the bad images on the way to it."""
+
+
 class _Samples(Dataset[Any]):
     def __init__(self, source: Source, transform: Transform, seed: int, max_bad_images: int) -> None:
         self.source, self.transform, self.seed, self.max_bad_images = source, transform, seed, max_bad_images
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[tuple[int, int], Sample, dict[str, str]]:
+    def __getitem__(self, key: tuple[int, int]) -> Item:
         epoch, index = key
-        rng = np.random.default_rng((self.seed, epoch, index, _SAMPLE))
+        rng = sample_rng(self.seed, epoch, index)
         source = self.source.at(epoch) if hasattr(self.source, "at") else self.source
         bad: dict[str, str] = {}
-        while True:
+        for _ in range(_TRIES):
             try:
                 image, target = source[index]
-                break
             except Exception as error:  # a damaged file can raise anything in a decoder
                 bad[source.name(index)] = f"{type(error).__name__}: {error}"
                 if len(bad) > self.max_bad_images:
-                    raise BadImages(bad, self.max_bad_images) from error
+                    break
                 index = int(rng.integers(len(source)))
-        sample = self.transform(image, target, rng)
-        return key, {**sample, "index": torch.tensor(index)}, bad
+            else:
+                return key, {**self.transform(image, target, rng), "index": torch.tensor(index)}, bad
+        return key, None, bad
 
 
 class _Collate:
     def __init__(self, collate: Collate | None, seed: int) -> None:
         self.collate, self.seed = collate, seed
 
-    def __call__(self, items: Sequence[tuple[tuple[int, int], Sample, dict[str, str]]]) -> Sample:
-        samples = [sample for _, sample, _ in items]
-        if self.collate is None:
+    def __call__(self, items: Sequence[Item]) -> Sample:
+        samples = [sample for _, sample, _ in items if sample is not None]
+        batch: Sample = {}
+        if len(samples) < len(items):
+            pass  # too many are bad, which the loader says in its own process
+        elif self.collate is None:
             batch = default_collate(samples)
         else:
             batch = self.collate(samples, np.random.default_rng((self.seed, *items[0][0], _BATCH)))
@@ -223,7 +236,7 @@ class _InOrder(Dataset[Sample]):
         try:
             image, target = self.source[index]
         except Exception as error:
-            raise RuntimeError(f"{self.source.name(index)}: {type(error).__name__}: {error}") from error
+            raise ValueError(f"{self.source.name(index)}: {type(error).__name__}: {error}") from error
         return {
             **self.transform(image, target, np.random.default_rng((0, 0, index))),
             "index": torch.tensor(index),

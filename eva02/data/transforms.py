@@ -75,9 +75,21 @@ class Crop(NamedTuple):
         return normalise(image.resize(size[::-1], Image.Resampling.BICUBIC))
 
 
+class TeacherView(NamedTuple):
+    """What a teacher saw of an image, and its answer: the target of a sample from a cache of features."""
+
+    crop: Crop
+    features: Tensor
+    """(P, C)."""
+
+
 @dataclasses.dataclass(frozen=True)
 class MimTransform:
-    """Pre-training: flip, random resized crop, mask. Gives "image" and "mask" (P,) bool."""
+    """Pre-training: flip, random resized crop, mask. Gives "image" and "mask" (P,) bool.
+
+    A target that is a `TeacherView` decides the crop, and its features are given as "teacher" (P, C). The mask is drawn
+    by itself: it is the same with a cache as without.
+    """
 
     size: tuple[int, int]
     """Height and width, in pixels."""
@@ -85,8 +97,11 @@ class MimTransform:
     scale: tuple[float, float] = (0.2, 1.0)
 
     def __call__(self, image: Image.Image, target: Any, rng: np.random.Generator) -> Sample:
-        crop = Crop.draw(image, rng, self.scale)
-        return {"image": crop.apply(image, self.size), "mask": self.mask(rng)}
+        crop_rng, mask_rng = rng.spawn(2)
+        cached = target if isinstance(target, TeacherView) else None
+        crop = cached.crop if cached else Crop.draw(image, crop_rng, self.scale)
+        sample = {"image": crop.apply(image, self.size), "mask": self.mask(mask_rng)}
+        return sample if cached is None else {**sample, "teacher": cached.features}
 
 
 class FinetuneTransform:
