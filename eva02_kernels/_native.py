@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 LIBRARY_DIR = Path(__file__).parent / "lib"
 ISA_NAMES = ("baseline", "avx2", "avx512")
@@ -37,6 +39,32 @@ def cpu_library() -> tuple[Path | None, str | None]:
     except OSError as error:
         return None, f"the compiled CPU library does not load: {error}"
     return path, None
+
+
+class Library:
+    """Operators of one compiled library by their names without its own: ``CPU.swiglu_fwd(gate, up, out)``.
+
+    They fill the tensors that they are given.
+    """
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        operator = getattr(torch.ops.eva02_kernels_C, f"{name}_{self.target}").default
+        setattr(self, name, operator)
+        return operator
+
+    def inverse_token_index(self, idx: Tensor, batch: int, seq_len: int) -> tuple[Tensor, Tensor]:
+        """As ``ops._token_index`` defines it; on the CPU without a sort, and values are checked."""
+        idx = idx.contiguous()
+        entries = torch.empty(idx.numel(), dtype=torch.int32)
+        offsets = torch.empty(batch * seq_len + 1, dtype=torch.int32)
+        torch.ops.eva02_kernels_C.inverse_token_index_cpu.default(idx, batch, seq_len, entries, offsets)
+        return entries, offsets
+
+
+CPU = Library("cpu")
 
 
 @functools.cache

@@ -58,7 +58,7 @@ class Mutant:
 
 
 M = Mutant
-LIB, ROPE, GEMM = "_triton_lib.py", "_triton_rope.py", "_triton_gemm.py"
+LIB, ROPE, GEMM, INDEX = "_triton_lib.py", "_triton_rope.py", "_triton_gemm.py", "_token_index.py"
 SWIGLU, SUBLN, ADD, GATHER, GATHER_NORM, MASK, COSINE, APPLY, QKV, ATTENTION, SWIGLU_MLP = (
     f"{op}/triton_kernels.py" for op in ("swiglu", "subln_swiglu", "add_layer_norm", "gather_tokens",
     "gather_layer_norm", "mask_tokens", "masked_cosine_loss", "apply_rope", "qkv_rope", "rope_attention", "swiglu_mlp")
@@ -117,11 +117,11 @@ MUTANTS = (
       INDEXED),
     M("scatter_takes_one_of_the_next_run", LIB, "sum_of_run", "begin + k < end", "begin + k <= end",
       "gather_tokens scatter_tokens"),
-    M("inverse_index_runs_begin_at_their_end", LIB, "inverse_index", "out_int32=True)", "out_int32=True, right=True)",
+    M("inverse_index_runs_begin_at_their_end", INDEX, "inverse_index", "out_int32=True)", "out_int32=True, right=True)",
       INDEXED),
-    M("inverse_index_of_the_first_sample", LIB, "inverse_token_index", "seq_len * torch", "0 * torch", INDEXED),
-    M("inverse_index_takes_padding", LIB, "inverse_token_index", "masked_fill(padding, -1)", "masked_fill(padding, 0)",
-      INDEXED),
+    M("inverse_index_of_the_first_sample", INDEX, "inverse_token_index", "seq_len * torch", "0 * torch", INDEXED),
+    M("inverse_index_takes_padding", INDEX, "inverse_token_index", "masked_fill(padding, -1)",
+      "masked_fill(padding, 0)", INDEXED),
     M("partial_sums_without_the_last", LIB, "_column_sums_kernel", "(rows < P)", "(rows < P - 1)",
       "add_layer_norm subln_swiglu mask_tokens gather_layer_norm"),
     M("partial_sums_of_the_first_block", LIB, "_column_sums_kernel", "range(first, P, BLOCK_P)",

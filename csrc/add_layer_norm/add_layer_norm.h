@@ -35,5 +35,5 @@ struct AddLayerNormBwdParams {
 
 }  // namespace eva02
 
-EVA02_CPU_LAUNCHER(run_add_layer_norm_fwd, AddLayerNormFwdParams)
-EVA02_CPU_LAUNCHER(run_add_layer_norm_bwd, AddLayerNormBwdParams)
+EVA02_LAUNCHER(run_add_layer_norm_fwd, AddLayerNormFwdParams)
+EVA02_LAUNCHER(run_add_layer_norm_bwd, AddLayerNormBwdParams)

@@ -6,9 +6,9 @@ namespace {
 
 // Activations are 2-D (rows, C) with a contiguous last dim, parameters (C,) contiguous, row_scale (rows /
 // rows_per_sample,), mean and rstd (rows,) float32; the Python adapter has checked shapes and dtypes.
-void add_layer_norm_fwd_cpu(Tensor x, OptTensor residual, OptTensor weight, OptTensor bias, double eps,
-                            OptTensor layer_scale, OptTensor row_scale, bool rms, int64_t rows_per_sample,
-                            Tensor normed, OptTensor sum, OptTensor mean, Tensor rstd) {
+void add_layer_norm_fwd(Tensor x, OptTensor residual, OptTensor weight, OptTensor bias, double eps,
+                        OptTensor layer_scale, OptTensor row_scale, bool rms, int64_t rows_per_sample, Tensor normed,
+                        OptTensor sum, OptTensor mean, Tensor rstd) {
   run_add_layer_norm_fwd({.dtype = dtype_of(x, "x"),
                           .x = ptr(x),
                           .residual = ptr(residual),
@@ -29,13 +29,12 @@ void add_layer_norm_fwd_cpu(Tensor x, OptTensor residual, OptTensor weight, OptT
                           .residual_stride = row_stride(residual),
                           .normed_stride = normed.stride(0),
                           .sum_stride = row_stride(sum)},
-                         torch_runtime());
+                         target_of(x));
 }
 
-void add_layer_norm_bwd_cpu(Tensor dnormed, OptTensor dsum, Tensor sum, OptTensor weight, OptTensor mean, Tensor rstd,
-                            OptTensor x, OptTensor layer_scale, OptTensor row_scale, bool rms, int64_t rows_per_sample,
-                            OptTensor dx, OptTensor dresidual, OptTensor dweight, OptTensor dbias,
-                            OptTensor dlayer_scale) {
+void add_layer_norm_bwd(Tensor dnormed, OptTensor dsum, Tensor sum, OptTensor weight, OptTensor mean, Tensor rstd,
+                        OptTensor x, OptTensor layer_scale, OptTensor row_scale, bool rms, int64_t rows_per_sample,
+                        OptTensor dx, OptTensor dresidual, OptTensor dweight, OptTensor dbias, OptTensor dlayer_scale) {
   STD_TORCH_CHECK(ptr(dlayer_scale) == nullptr || ptr(x) != nullptr || sum.numel() == 0,
                   "add_layer_norm: dlayer_scale needs x");
   run_add_layer_norm_bwd({.dtype = dtype_of(dnormed, "dnormed"),
@@ -63,26 +62,26 @@ void add_layer_norm_bwd_cpu(Tensor dnormed, OptTensor dsum, Tensor sum, OptTenso
                           .x_stride = row_stride(x),
                           .dx_stride = row_stride(dx),
                           .dresidual_stride = row_stride(dresidual)},
-                         torch_runtime());
+                         target_of(dnormed));
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(eva02_kernels_C, m) {
-  m.def(
-      "add_layer_norm_fwd_cpu(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, Tensor? "
-      "layer_scale, "
-      "Tensor? row_scale, bool rms, int rows_per_sample, Tensor(a!) normed, Tensor(b!)? sum, Tensor(c!)? mean, "
-      "Tensor(d!) rstd) -> ()");
-  m.def(
-      "add_layer_norm_bwd_cpu(Tensor dnormed, Tensor? dsum, Tensor sum, Tensor? weight, Tensor? mean, Tensor rstd, "
-      "Tensor? x, Tensor? layer_scale, Tensor? row_scale, bool rms, int rows_per_sample, Tensor(a!)? dx, "
-      "Tensor(b!)? dresidual, Tensor(c!)? dweight, Tensor(d!)? dbias, Tensor(e!)? dlayer_scale) -> ()");
+  m.def("add_layer_norm_fwd" EVA02_TARGET
+        "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, Tensor? "
+        "layer_scale, "
+        "Tensor? row_scale, bool rms, int rows_per_sample, Tensor(a!) normed, Tensor(b!)? sum, Tensor(c!)? mean, "
+        "Tensor(d!) rstd) -> ()");
+  m.def("add_layer_norm_bwd" EVA02_TARGET
+        "(Tensor dnormed, Tensor? dsum, Tensor sum, Tensor? weight, Tensor? mean, Tensor rstd, "
+        "Tensor? x, Tensor? layer_scale, Tensor? row_scale, bool rms, int rows_per_sample, Tensor(a!)? dx, "
+        "Tensor(b!)? dresidual, Tensor(c!)? dweight, Tensor(d!)? dbias, Tensor(e!)? dlayer_scale) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(eva02_kernels_C, CPU, m) {
-  m.impl("add_layer_norm_fwd_cpu", TORCH_BOX(&add_layer_norm_fwd_cpu));
-  m.impl("add_layer_norm_bwd_cpu", TORCH_BOX(&add_layer_norm_bwd_cpu));
+STABLE_TORCH_LIBRARY_IMPL(eva02_kernels_C, EVA02_KEY, m) {
+  m.impl("add_layer_norm_fwd" EVA02_TARGET, TORCH_BOX(&add_layer_norm_fwd));
+  m.impl("add_layer_norm_bwd" EVA02_TARGET, TORCH_BOX(&add_layer_norm_bwd));
 }
 
 }  // namespace eva02

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "common/cpu.h"
+#include "common/launcher.h"
 #include "common/rope_table.h"
 
 namespace eva02 {
@@ -28,5 +28,5 @@ struct ApplyRopeTableGradParams {
 
 }  // namespace eva02
 
-EVA02_CPU_LAUNCHER(run_apply_rope_fwd, ApplyRopeParams)
-EVA02_CPU_LAUNCHER(run_apply_rope_table_grad, ApplyRopeTableGradParams)
+EVA02_LAUNCHER(run_apply_rope_fwd, ApplyRopeParams)
+EVA02_LAUNCHER(run_apply_rope_table_grad, ApplyRopeTableGradParams)

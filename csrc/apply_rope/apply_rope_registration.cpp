@@ -12,9 +12,9 @@ RopeTokens tokens_of(const Tensor& x) {
   return tokens;
 }
 
-void apply_rope_fwd_cpu(Tensor x, OptTensor rope_cos, OptTensor rope_sin, OptTensor rope_grids,
-                        std::vector<int64_t> rope_grid, std::string rope_layout, int64_t num_prefix_tokens,
-                        OptTensor keep_idx, bool inverse, Tensor out) {
+void apply_rope_fwd(Tensor x, OptTensor rope_cos, OptTensor rope_sin, OptTensor rope_grids,
+                    std::vector<int64_t> rope_grid, std::string rope_layout, int64_t num_prefix_tokens,
+                    OptTensor keep_idx, bool inverse, Tensor out) {
   run_apply_rope_fwd({.dtype = dtype_of(x, "x"),
                       .x = ptr(x),
                       .out = ptr(out),
@@ -27,12 +27,12 @@ void apply_rope_fwd_cpu(Tensor x, OptTensor rope_cos, OptTensor rope_sin, OptTen
                       .inverse = inverse,
                       .rope = checked_rope_table(rope_cos, rope_sin, rope_grids, rope_grid, rope_layout,
                                                  num_prefix_tokens, keep_idx, tokens_of(x))},
-                     torch_runtime());
+                     target_of(x));
 }
 
-void apply_rope_table_grad_cpu(Tensor dout, Tensor x, OptTensor rope_cos, OptTensor rope_sin, OptTensor rope_grids,
-                               std::vector<int64_t> rope_grid, std::string rope_layout, int64_t num_prefix_tokens,
-                               OptTensor keep_idx, Tensor dcos, Tensor dsin) {
+void apply_rope_table_grad(Tensor dout, Tensor x, OptTensor rope_cos, OptTensor rope_sin, OptTensor rope_grids,
+                           std::vector<int64_t> rope_grid, std::string rope_layout, int64_t num_prefix_tokens,
+                           OptTensor keep_idx, Tensor dcos, Tensor dsin) {
   const RopeTable rope = checked_rope_table(rope_cos, rope_sin, rope_grids, rope_grid, rope_layout, num_prefix_tokens,
                                             keep_idx, tokens_of(x));
   STD_TORCH_CHECK(rope.form != RopeForm::none && rope.form != RopeForm::axis,
@@ -49,20 +49,20 @@ void apply_rope_table_grad_cpu(Tensor dout, Tensor x, OptTensor rope_cos, OptTen
                              .dout_stride = {dout.stride(0), dout.stride(1), dout.stride(2)},
                              .x_stride = {x.stride(0), x.stride(1), x.stride(2)},
                              .rope = rope},
-                            torch_runtime());
+                            target_of(dout));
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(eva02_kernels_C, m) {
-  m.def("apply_rope_fwd_cpu(Tensor x, " EVA02_ROPE_SCHEMA ", bool inverse, Tensor(a!) out) -> ()");
-  m.def("apply_rope_table_grad_cpu(Tensor dout, Tensor x, " EVA02_ROPE_SCHEMA
+  m.def("apply_rope_fwd" EVA02_TARGET "(Tensor x, " EVA02_ROPE_SCHEMA ", bool inverse, Tensor(a!) out) -> ()");
+  m.def("apply_rope_table_grad" EVA02_TARGET "(Tensor dout, Tensor x, " EVA02_ROPE_SCHEMA
         ", Tensor(a!) dcos, Tensor(b!) dsin) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(eva02_kernels_C, CPU, m) {
-  m.impl("apply_rope_fwd_cpu", TORCH_BOX(&apply_rope_fwd_cpu));
-  m.impl("apply_rope_table_grad_cpu", TORCH_BOX(&apply_rope_table_grad_cpu));
+STABLE_TORCH_LIBRARY_IMPL(eva02_kernels_C, EVA02_KEY, m) {
+  m.impl("apply_rope_fwd" EVA02_TARGET, TORCH_BOX(&apply_rope_fwd));
+  m.impl("apply_rope_table_grad" EVA02_TARGET, TORCH_BOX(&apply_rope_table_grad));
 }
 
 }  // namespace eva02

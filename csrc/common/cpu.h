@@ -1,13 +1,9 @@
-// What a CPU launcher sees of the world: element types, threads, and the instruction sets it was built for.
-// Nothing here, nor in any launcher or kernel, knows torch; only the *_registration.cpp files do.
+// What a CPU launcher sees of the world: threads, and the instruction sets it was built for.
 #pragma once
 
-#include <cstddef>
-#include <cstdint>
+#include "common/dtype.h"
 
 namespace eva02 {
-
-enum class DType : int { f32, bf16, f16 };
 
 // Storage types of the two 16-bit formats. Arithmetic is always float32 (common/vec.h converts).
 struct bf16 {
@@ -48,7 +44,7 @@ void set_cpu_isa(Isa isa);
 // Declares launcher `name(const Params&, const Runtime&)`: one definition per instruction set (the same source built
 // several times, in namespace eva02::EVA02_ISA) and one entry, eva02::name, that picks at run time.
 #if defined(__x86_64__)
-#define EVA02_CPU_LAUNCHER(name, Params)                           \
+#define EVA02_LAUNCHER(name, Params)                               \
   namespace eva02::baseline {                                      \
   void name(const Params&, const Runtime&);                        \
   }                                                                \
@@ -68,7 +64,7 @@ void set_cpu_isa(Isa isa);
   }                                                                \
   }
 #else
-#define EVA02_CPU_LAUNCHER(name, Params)                                                                     \
+#define EVA02_LAUNCHER(name, Params)                                                                         \
   namespace eva02::baseline {                                                                                \
   void name(const Params&, const Runtime&);                                                                  \
   }                                                                                                          \

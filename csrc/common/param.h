@@ -2,7 +2,7 @@
 // in float32 beside 16-bit activations. Contiguous; data == nullptr means absent.
 #pragma once
 
-#include "common/cpu.h"
+#include "common/launcher.h"
 
 namespace eva02 {
 

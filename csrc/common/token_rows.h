@@ -1,46 +1,43 @@
-// Token indices as the launchers take them: one int64 row of the flattened (batch * seqlen) tokens each, -1 for
-// padding. For *_registration.cpp alone.
+// Token indices as the launchers take them. For *_registration.cpp alone.
 #pragma once
 
 #include <vector>
 
+#include "common/token_index.h"
 #include "common/torch_adapter.h"
 
 namespace eva02 {
 
-inline std::vector<int64_t> read_indices(const Tensor& idx, const char* name) {
+// idx is (batch, K) with tokens of its own sample, or flat (M,) with values b * seqlen + s, int32 or int64, contiguous;
+// negative means padding. On the CPU a value too large is an error; on a GPU, where it cannot be seen, padding.
+inline TokenIndex token_index(const OptTensor& idx, int64_t batch, int64_t seqlen, const char* name) {
   using torch::headeronly::ScalarType;
-  const bool wide = idx.scalar_type() == ScalarType::Long;
-  STD_TORCH_CHECK(wide || idx.scalar_type() == ScalarType::Int, name, ": expected int32 or int64");
-  STD_TORCH_CHECK(idx.dim() == 1 || idx.dim() == 2, name, ": expected 1 or 2 dims, found ", idx.dim());
-  std::vector<int64_t> values(static_cast<size_t>(idx.numel()));
-  if (values.empty()) return values;
-  const int64_t outer = idx.dim() == 2 ? idx.size(0) : 1, inner = idx.size(idx.dim() - 1);
-  const int64_t outer_stride = idx.dim() == 2 ? idx.stride(0) : 0, inner_stride = idx.stride(idx.dim() - 1);
-  const void* data = idx.data_ptr();
-  for (int64_t i = 0; i < outer; ++i)
-    for (int64_t j = 0; j < inner; ++j) {
-      const int64_t at = i * outer_stride + j * inner_stride;
-      values[static_cast<size_t>(i * inner + j)] =
-          wide ? static_cast<const int64_t*>(data)[at] : static_cast<const int32_t*>(data)[at];
-    }
-  return values;
+  if (!idx.has_value()) return {};
+  const bool wide = idx->scalar_type() == ScalarType::Long, flat = idx->dim() == 1;
+  STD_TORCH_CHECK(wide || idx->scalar_type() == ScalarType::Int, name, ": expected int32 or int64");
+  STD_TORCH_CHECK(flat || (idx->dim() == 2 && idx->size(0) == batch), name, ": expected (", batch, ", K) or (M,)");
+  STD_TORCH_CHECK(idx->is_contiguous(), name, ": expected a contiguous tensor");
+  static const int64_t nothing = -1;  // an index without entries is still one
+  TokenIndex index{.data = idx->numel() == 0 ? &nothing : idx->data_ptr(),
+                   .count = idx->numel(),
+                   .wide = wide,
+                   .per_sequence = flat ? 0 : idx->size(1),
+                   .seqlen = seqlen,
+                   .limit = flat ? batch * seqlen : seqlen};
+#if !defined(EVA02_CUDA)
+  for (int64_t i = 0; i < index.count; ++i) {
+    const int64_t value =
+        wide ? static_cast<const int64_t*>(index.data)[i] : static_cast<const int32_t*>(index.data)[i];
+    STD_TORCH_CHECK(value < index.limit, name, ": expected values below ", index.limit, ", found ", value,
+                    " at position ", i);
+  }
+#endif
+  return index;
 }
 
-// idx is (batch, K) with tokens of its own sample, or flat (M,) with values b * seqlen + s; negative means padding.
-inline std::vector<int64_t> token_rows(const Tensor& idx, int64_t batch, int64_t seqlen, const char* name) {
-  std::vector<int64_t> rows = read_indices(idx, name);
-  const bool flat = idx.dim() == 1;
-  STD_TORCH_CHECK(flat || idx.size(0) == batch, name, ": expected ", batch, " rows, found ", idx.size(0));
-  const int64_t limit = flat ? batch * seqlen : seqlen, K = flat ? 0 : idx.size(1);
-  for (size_t i = 0; i < rows.size(); ++i) {
-    STD_TORCH_CHECK(rows[i] < limit, name, ": expected values below ", limit, ", found ", rows[i], " at position ", i);
-    if (rows[i] < 0)
-      rows[i] = -1;
-    else if (!flat)
-      rows[i] += static_cast<int64_t>(i) / K * seqlen;
-  }
-  return rows;
+// entries (count,) and offsets (rows + 1,) int32, as inverse_token_index fills them.
+inline InverseTokenIndex inverse_of(const OptTensor& entries, const OptTensor& offsets) {
+  return {.entries = ptr_as<const int32_t>(entries), .offsets = ptr_as<const int32_t>(offsets)};
 }
 
 }  // namespace eva02

@@ -12,7 +12,7 @@
 #include <string>
 #include <vector>
 
-#include "common/cpu.h"
+#include "common/launcher.h"
 
 namespace eva02 {
 
@@ -59,13 +59,6 @@ inline DType dtype_of(const Tensor& t, const char* name) {
   }
 }
 
-inline Runtime torch_runtime() {
-  return Runtime{static_cast<int>(torch::stable::get_num_threads()),
-                 [](int64_t begin, int64_t end, int64_t grain, void (*fn)(int64_t, int64_t, void*), void* ctx) {
-                   torch::stable::parallel_for(begin, end, grain, [&](int64_t b, int64_t e) { fn(b, e, ctx); });
-                 }};
-}
-
 // Pointer of a tensor that may be absent (an absent optional or an empty tensor both mean nullptr).
 inline void* ptr(const Tensor& t) { return t.numel() == 0 ? nullptr : t.data_ptr(); }
 inline void* ptr(const OptTensor& t) { return t.has_value() && t->defined() ? ptr(*t) : nullptr; }
@@ -79,3 +72,11 @@ T* ptr_as(const OptTensor& t) {
 }
 
 }  // namespace eva02
+
+// target_of(tensor): what the launchers of this build need beside their parameters. EVA02_TARGET ends the names of its
+// operators, EVA02_KEY is the dispatch key they are registered for.
+#if defined(EVA02_CUDA)
+#include "common/cuda_adapter.h"
+#else
+#include "common/cpu_adapter.h"
+#endif

@@ -1,11 +1,12 @@
 // gather_layer_norm: out[m] = LayerNorm(x[index[m]]) * w + b; a padding row (index[m] < 0) is zero, statistics included
 // Fused     gather, LayerNorm (eager: two kernels over n selected elements, or LayerNorm over all N tokens first)
 // Bytes     forward moves 2n elements; backward reads 2n and writes dx once: the minimum of both
-// Launch    parallel over selected rows, backward over at most 64 fixed chunks of the rows of x, 16 Ki elements a
-// thread Numerics  float32 inside, one rounding; a row selected k times sums its k output gradients before the one norm
+// Launch    parallel over selected rows, backward over at most 64 fixed chunks of the rows of x, at least 16
+//           Ki elements a thread
+// Numerics  float32 inside, one rounding; a row selected k times sums its k output gradients before the one norm
 // backward Limits    last dim contiguous; any batch and token stride of x; one float32 row per thread stays in cache
 // Source    original; Ba et al., arXiv:1607.06450
-#include "common/inverse_index.h"
+#include "common/rows.h"
 #include "gather_layer_norm/gather_layer_norm.h"
 
 namespace eva02::EVA02_ISA {
@@ -18,7 +19,7 @@ void gather_layer_norm_fwd(const GatherLayerNormFwdParams& p, const Runtime& run
   float *w = params.data, *b = w + width;
   load_param(w, p.weight, C, 1.f);
   load_param(b, p.bias, C, 0.f);
-  runtime.parallel_for(0, p.count, row_grain(C), [&](int64_t begin, int64_t end) {
+  runtime.parallel_for(0, p.index.count, row_grain(C), [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; ++m) {
       T* out = static_cast<T*>(p.out) + m * C;
       const int64_t row = p.index[m];
@@ -48,7 +49,6 @@ void gather_layer_norm_fwd(const GatherLayerNormFwdParams& p, const Runtime& run
 template <class T, bool kParamGrads>
 void gather_layer_norm_bwd(const GatherLayerNormBwdParams& p, const Runtime& runtime) {
   const int64_t C = p.C, width = padded(C);
-  const InverseIndex inverse(p.index, p.count, p.batch * p.seqlen);
   Scratch params(width);
   float* w = params.data;
   load_param(w, p.weight, C, 1.f);
@@ -64,8 +64,8 @@ void gather_layer_norm_bwd(const GatherLayerNormBwdParams& p, const Runtime& run
         const int64_t b = row / p.seqlen, s = row % p.seqlen;
         const T* x = static_cast<const T*>(p.x) + b * p.x_batch_stride + s * p.x_token_stride;
         T* dx = static_cast<T*>(p.dx) + b * p.dx_batch_stride + s * p.dx_token_stride;
-        const int64_t* entries = inverse.entries + inverse.offsets[row];
-        const int64_t count = inverse.offsets[row + 1] - inverse.offsets[row];
+        const int32_t* entries = p.inverse.entries + p.inverse.offsets[row];
+        const int64_t count = p.inverse.offsets[row + 1] - p.inverse.offsets[row];
         if (count == 0) {
           if (p.dx != nullptr) memset(dx, 0, static_cast<size_t>(C) * sizeof(T));
           continue;

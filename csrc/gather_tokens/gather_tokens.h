@@ -1,29 +1,29 @@
 #pragma once
 
-#include "common/cpu.h"
+#include "common/launcher.h"
+#include "common/token_index.h"
 
 namespace eva02 {
 
-// `index` holds `count` rows of the flattened (batch * seqlen) tokens, -1 for padding; checked by the caller.
 struct GatherTokensFwdParams {
   DType dtype;
   const void* x;
-  const int64_t* index;
-  void* out;  // (count, C), row stride out_stride
-  int64_t count, seqlen, C;
+  TokenIndex index;
+  void* out;  // (index.count, C), row stride out_stride
+  int64_t seqlen, C;
   int64_t x_batch_stride, x_token_stride, out_stride;
 };
 
 struct GatherTokensBwdParams {
   DType dtype;
-  const void* dout;  // (count, C), row stride dout_stride
-  const int64_t* index;
+  const void* dout;  // a row of C for each entry of the index, row stride dout_stride
+  InverseTokenIndex inverse;
   void* dx;  // (batch, seqlen, C)
-  int64_t count, batch, seqlen, C;
+  int64_t batch, seqlen, C;
   int64_t dout_stride, dx_batch_stride, dx_token_stride;
 };
 
 }  // namespace eva02
 
-EVA02_CPU_LAUNCHER(run_gather_tokens_fwd, GatherTokensFwdParams)
-EVA02_CPU_LAUNCHER(run_gather_tokens_bwd, GatherTokensBwdParams)
+EVA02_LAUNCHER(run_gather_tokens_fwd, GatherTokensFwdParams)
+EVA02_LAUNCHER(run_gather_tokens_bwd, GatherTokensBwdParams)

@@ -6,7 +6,7 @@
 // Numerics  forward exact; backward sums duplicates in float32 in index order, one rounding
 // Limits    last dim contiguous; any batch and token stride
 // Source    original
-#include "common/inverse_index.h"
+#include "common/rows.h"
 #include "gather_tokens/gather_tokens.h"
 
 namespace eva02::EVA02_ISA {
@@ -15,7 +15,7 @@ namespace {
 template <class T>
 void gather_tokens_fwd(const GatherTokensFwdParams& p, const Runtime& runtime) {
   const size_t bytes = static_cast<size_t>(p.C) * sizeof(T);
-  runtime.parallel_for(0, p.count, row_grain(p.C), [&](int64_t begin, int64_t end) {
+  runtime.parallel_for(0, p.index.count, row_grain(p.C), [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; ++m) {
       T* out = static_cast<T*>(p.out) + m * p.out_stride;
       const int64_t row = p.index[m];
@@ -32,13 +32,12 @@ template <class T>
 void gather_tokens_bwd(const GatherTokensBwdParams& p, const Runtime& runtime) {
   const size_t bytes = static_cast<size_t>(p.C) * sizeof(T);
   const int64_t rows = p.batch * p.seqlen;
-  const InverseIndex inverse(p.index, p.count, rows);
   const T* dout = static_cast<const T*>(p.dout);
   runtime.parallel_for(0, rows, row_grain(p.C), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       T* dx = static_cast<T*>(p.dx) + row / p.seqlen * p.dx_batch_stride + row % p.seqlen * p.dx_token_stride;
-      const int64_t* entries = inverse.entries + inverse.offsets[row];
-      const int64_t count = inverse.offsets[row + 1] - inverse.offsets[row];
+      const int32_t* entries = p.inverse.entries + p.inverse.offsets[row];
+      const int64_t count = p.inverse.offsets[row + 1] - p.inverse.offsets[row];
       if (count == 0)
         memset(dx, 0, bytes);
       else if (count == 1)

@@ -38,5 +38,5 @@ struct GeluMlpBwdParams {
 
 }  // namespace eva02
 
-EVA02_CPU_LAUNCHER(run_gelu_mlp_fwd, GeluMlpFwdParams)
-EVA02_CPU_LAUNCHER(run_gelu_mlp_bwd, GeluMlpBwdParams)
+EVA02_LAUNCHER(run_gelu_mlp_fwd, GeluMlpFwdParams)
+EVA02_LAUNCHER(run_gelu_mlp_bwd, GeluMlpBwdParams)

@@ -30,9 +30,9 @@ GeluMlpShape shape_of(const Tensor& x, const Tensor& w1, const OptTensor& b1, co
           .x_stride = x.stride(0)};
 }
 
-void gelu_mlp_fwd_cpu(Tensor x, Tensor w1, OptTensor b1, Tensor w2, OptTensor b2, OptTensor pre_weight,
-                      OptTensor pre_bias, double pre_eps, OptTensor layer_scale, OptTensor row_scale, bool add_x,
-                      Tensor out, OptTensor hidden, OptTensor pre_mean, OptTensor pre_rstd) {
+void gelu_mlp_fwd(Tensor x, Tensor w1, OptTensor b1, Tensor w2, OptTensor b2, OptTensor pre_weight, OptTensor pre_bias,
+                  double pre_eps, OptTensor layer_scale, OptTensor row_scale, bool add_x, Tensor out, OptTensor hidden,
+                  OptTensor pre_mean, OptTensor pre_rstd) {
   run_gelu_mlp_fwd(
       {.s = shape_of(x, w1, b1, w2, b2, ptr(pre_mean) != nullptr, pre_weight, pre_bias, layer_scale, row_scale, add_x),
        .pre_eps = static_cast<float>(pre_eps),
@@ -41,13 +41,13 @@ void gelu_mlp_fwd_cpu(Tensor x, Tensor w1, OptTensor b1, Tensor w2, OptTensor b2
        .pre_mean = ptr_as<float>(pre_mean),
        .pre_rstd = ptr_as<float>(pre_rstd),
        .out_stride = out.stride(0)},
-      torch_runtime());
+      target_of(x));
 }
 
-void gelu_mlp_bwd_cpu(Tensor dout, Tensor x, Tensor w1, OptTensor b1, Tensor w2, OptTensor b2, OptTensor pre_weight,
-                      OptTensor pre_bias, OptTensor layer_scale, OptTensor row_scale, bool add_x, OptTensor hidden,
-                      OptTensor pre_mean, OptTensor pre_rstd, OptTensor dx, OptTensor dw1, OptTensor db1, OptTensor dw2,
-                      OptTensor db2, OptTensor dpre_weight, OptTensor dpre_bias, OptTensor dlayer_scale) {
+void gelu_mlp_bwd(Tensor dout, Tensor x, Tensor w1, OptTensor b1, Tensor w2, OptTensor b2, OptTensor pre_weight,
+                  OptTensor pre_bias, OptTensor layer_scale, OptTensor row_scale, bool add_x, OptTensor hidden,
+                  OptTensor pre_mean, OptTensor pre_rstd, OptTensor dx, OptTensor dw1, OptTensor db1, OptTensor dw2,
+                  OptTensor db2, OptTensor dpre_weight, OptTensor dpre_bias, OptTensor dlayer_scale) {
   run_gelu_mlp_bwd(
       {.s = shape_of(x, w1, b1, w2, b2, ptr(pre_mean) != nullptr, pre_weight, pre_bias, layer_scale, row_scale, add_x),
        .dout = ptr(dout),
@@ -64,26 +64,26 @@ void gelu_mlp_bwd_cpu(Tensor dout, Tensor x, Tensor w1, OptTensor b1, Tensor w2,
        .dlayer_scale = param_grad_of(dlayer_scale, "dlayer_scale"),
        .dout_stride = dout.stride(0),
        .dx_stride = row_stride(dx)},
-      torch_runtime());
+      target_of(dout));
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(eva02_kernels_C, m) {
-  m.def(
-      "gelu_mlp_fwd_cpu(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? pre_weight, Tensor? pre_bias, "
-      "float pre_eps, Tensor? layer_scale, Tensor? row_scale, bool add_x, Tensor(a!) out, Tensor(b!)? hidden, "
-      "Tensor(c!)? pre_mean, Tensor(d!)? pre_rstd) -> ()");
-  m.def(
-      "gelu_mlp_bwd_cpu(Tensor dout, Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? pre_weight, "
-      "Tensor? pre_bias, Tensor? layer_scale, Tensor? row_scale, bool add_x, Tensor? hidden, Tensor? pre_mean, "
-      "Tensor? pre_rstd, Tensor(a!)? dx, Tensor(b!)? dw1, Tensor(c!)? db1, Tensor(d!)? dw2, Tensor(e!)? db2, "
-      "Tensor(f!)? dpre_weight, Tensor(g!)? dpre_bias, Tensor(h!)? dlayer_scale) -> ()");
+  m.def("gelu_mlp_fwd" EVA02_TARGET
+        "(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? pre_weight, Tensor? pre_bias, "
+        "float pre_eps, Tensor? layer_scale, Tensor? row_scale, bool add_x, Tensor(a!) out, Tensor(b!)? hidden, "
+        "Tensor(c!)? pre_mean, Tensor(d!)? pre_rstd) -> ()");
+  m.def("gelu_mlp_bwd" EVA02_TARGET
+        "(Tensor dout, Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? pre_weight, "
+        "Tensor? pre_bias, Tensor? layer_scale, Tensor? row_scale, bool add_x, Tensor? hidden, Tensor? pre_mean, "
+        "Tensor? pre_rstd, Tensor(a!)? dx, Tensor(b!)? dw1, Tensor(c!)? db1, Tensor(d!)? dw2, Tensor(e!)? db2, "
+        "Tensor(f!)? dpre_weight, Tensor(g!)? dpre_bias, Tensor(h!)? dlayer_scale) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(eva02_kernels_C, CPU, m) {
-  m.impl("gelu_mlp_fwd_cpu", TORCH_BOX(&gelu_mlp_fwd_cpu));
-  m.impl("gelu_mlp_bwd_cpu", TORCH_BOX(&gelu_mlp_bwd_cpu));
+STABLE_TORCH_LIBRARY_IMPL(eva02_kernels_C, EVA02_KEY, m) {
+  m.impl("gelu_mlp_fwd" EVA02_TARGET, TORCH_BOX(&gelu_mlp_fwd));
+  m.impl("gelu_mlp_bwd" EVA02_TARGET, TORCH_BOX(&gelu_mlp_bwd));
 }
 
 }  // namespace eva02

@@ -30,5 +30,5 @@ struct LinearBwdParams {
 
 }  // namespace eva02
 
-EVA02_CPU_LAUNCHER(run_linear_fwd, LinearFwdParams)
-EVA02_CPU_LAUNCHER(run_linear_bwd, LinearBwdParams)
+EVA02_LAUNCHER(run_linear_fwd, LinearFwdParams)
+EVA02_LAUNCHER(run_linear_bwd, LinearBwdParams)

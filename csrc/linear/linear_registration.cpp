@@ -9,8 +9,8 @@ int64_t rows_per_sample(const OptTensor& row_scale, int64_t rows) {
   return ptr(row_scale) == nullptr ? 1 : rows / row_scale->size(0);
 }
 
-void linear_fwd_cpu(Tensor x, Tensor weight, OptTensor bias, OptTensor residual, OptTensor layer_scale,
-                    OptTensor row_scale, Tensor out) {
+void linear_fwd(Tensor x, Tensor weight, OptTensor bias, OptTensor residual, OptTensor layer_scale, OptTensor row_scale,
+                Tensor out) {
   run_linear_fwd({.dtype = dtype_of(x, "x"),
                   .x = ptr(x),
                   .weight = ptr(weight),
@@ -26,11 +26,11 @@ void linear_fwd_cpu(Tensor x, Tensor weight, OptTensor bias, OptTensor residual,
                   .x_stride = x.stride(0),
                   .residual_stride = row_stride(residual),
                   .out_stride = out.stride(0)},
-                 torch_runtime());
+                 target_of(x));
 }
 
-void linear_bwd_cpu(Tensor dout, Tensor x, Tensor weight, OptTensor bias, OptTensor layer_scale, OptTensor row_scale,
-                    OptTensor dx, OptTensor dweight, OptTensor dbias, OptTensor dlayer_scale) {
+void linear_bwd(Tensor dout, Tensor x, Tensor weight, OptTensor bias, OptTensor layer_scale, OptTensor row_scale,
+                OptTensor dx, OptTensor dweight, OptTensor dbias, OptTensor dlayer_scale) {
   run_linear_bwd({.dtype = dtype_of(x, "x"),
                   .dout = ptr(dout),
                   .x = ptr(x),
@@ -49,23 +49,23 @@ void linear_bwd_cpu(Tensor dout, Tensor x, Tensor weight, OptTensor bias, OptTen
                   .dout_stride = dout.stride(0),
                   .x_stride = x.stride(0),
                   .dx_stride = row_stride(dx)},
-                 torch_runtime());
+                 target_of(dout));
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(eva02_kernels_C, m) {
-  m.def(
-      "linear_fwd_cpu(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? layer_scale, Tensor? row_scale, "
-      "Tensor(a!) out) -> ()");
-  m.def(
-      "linear_bwd_cpu(Tensor dout, Tensor x, Tensor weight, Tensor? bias, Tensor? layer_scale, Tensor? row_scale, "
-      "Tensor(a!)? dx, Tensor(b!)? dweight, Tensor(c!)? dbias, Tensor(d!)? dlayer_scale) -> ()");
+  m.def("linear_fwd" EVA02_TARGET
+        "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? layer_scale, Tensor? row_scale, "
+        "Tensor(a!) out) -> ()");
+  m.def("linear_bwd" EVA02_TARGET
+        "(Tensor dout, Tensor x, Tensor weight, Tensor? bias, Tensor? layer_scale, Tensor? row_scale, "
+        "Tensor(a!)? dx, Tensor(b!)? dweight, Tensor(c!)? dbias, Tensor(d!)? dlayer_scale) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(eva02_kernels_C, CPU, m) {
-  m.impl("linear_fwd_cpu", TORCH_BOX(&linear_fwd_cpu));
-  m.impl("linear_bwd_cpu", TORCH_BOX(&linear_bwd_cpu));
+STABLE_TORCH_LIBRARY_IMPL(eva02_kernels_C, EVA02_KEY, m) {
+  m.impl("linear_fwd" EVA02_TARGET, TORCH_BOX(&linear_fwd));
+  m.impl("linear_bwd" EVA02_TARGET, TORCH_BOX(&linear_bwd));
 }
 
 }  // namespace eva02

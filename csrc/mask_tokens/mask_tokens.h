@@ -31,5 +31,5 @@ struct MaskTokensBwdParams {
 
 }  // namespace eva02
 
-EVA02_CPU_LAUNCHER(run_mask_tokens_fwd, MaskTokensFwdParams)
-EVA02_CPU_LAUNCHER(run_mask_tokens_bwd, MaskTokensBwdParams)
+EVA02_LAUNCHER(run_mask_tokens_fwd, MaskTokensFwdParams)
+EVA02_LAUNCHER(run_mask_tokens_bwd, MaskTokensBwdParams)

@@ -7,8 +7,8 @@ namespace {
 // patches (B, P, C), dout and out (B, N, C), all with a contiguous last dim; mask (B, P) bool; mask_token (C,),
 // pos_embed (N, C) and cls_token (num_prefix, C) contiguous, pos_embed of the dtype of patches or float32. The Python
 // adapter has checked shapes and dtypes.
-void mask_tokens_fwd_cpu(Tensor patches, OptTensor mask, OptTensor mask_token, OptTensor pos_embed, OptTensor cls_token,
-                         Tensor out) {
+void mask_tokens_fwd(Tensor patches, OptTensor mask, OptTensor mask_token, OptTensor pos_embed, OptTensor cls_token,
+                     Tensor out) {
   const bool has_mask = ptr(mask) != nullptr;
   const Param pos = param_of(pos_embed, "pos_embed");
   const DType dtype = dtype_of(patches, "patches");
@@ -31,11 +31,11 @@ void mask_tokens_fwd_cpu(Tensor patches, OptTensor mask, OptTensor mask_token, O
                        .mask_token_stride = has_mask ? mask->stride(1) : 0,
                        .out_batch_stride = out.stride(0),
                        .out_token_stride = out.stride(1)},
-                      torch_runtime());
+                      target_of(patches));
 }
 
-void mask_tokens_bwd_cpu(Tensor dout, OptTensor mask, int64_t num_prefix, OptTensor dpatches, OptTensor dmask_token,
-                         OptTensor dpos_embed, OptTensor dcls_token) {
+void mask_tokens_bwd(Tensor dout, OptTensor mask, int64_t num_prefix, OptTensor dpatches, OptTensor dmask_token,
+                     OptTensor dpos_embed, OptTensor dcls_token) {
   const bool has_mask = ptr(mask) != nullptr, has_dpatches = ptr(dpatches) != nullptr;
   run_mask_tokens_bwd({.dtype = dtype_of(dout, "dout"),
                        .dout = ptr(dout),
@@ -54,23 +54,23 @@ void mask_tokens_bwd_cpu(Tensor dout, OptTensor mask, int64_t num_prefix, OptTen
                        .mask_token_stride = has_mask ? mask->stride(1) : 0,
                        .dpatches_batch_stride = has_dpatches ? dpatches->stride(0) : 0,
                        .dpatches_token_stride = has_dpatches ? dpatches->stride(1) : 0},
-                      torch_runtime());
+                      target_of(dout));
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(eva02_kernels_C, m) {
-  m.def(
-      "mask_tokens_fwd_cpu(Tensor patches, Tensor? mask, Tensor? mask_token, Tensor? pos_embed, Tensor? cls_token, "
-      "Tensor(a!) out) -> ()");
-  m.def(
-      "mask_tokens_bwd_cpu(Tensor dout, Tensor? mask, int num_prefix, Tensor(a!)? dpatches, Tensor(b!)? dmask_token, "
-      "Tensor(c!)? dpos_embed, Tensor(d!)? dcls_token) -> ()");
+  m.def("mask_tokens_fwd" EVA02_TARGET
+        "(Tensor patches, Tensor? mask, Tensor? mask_token, Tensor? pos_embed, Tensor? cls_token, "
+        "Tensor(a!) out) -> ()");
+  m.def("mask_tokens_bwd" EVA02_TARGET
+        "(Tensor dout, Tensor? mask, int num_prefix, Tensor(a!)? dpatches, Tensor(b!)? dmask_token, "
+        "Tensor(c!)? dpos_embed, Tensor(d!)? dcls_token) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(eva02_kernels_C, CPU, m) {
-  m.impl("mask_tokens_fwd_cpu", TORCH_BOX(&mask_tokens_fwd_cpu));
-  m.impl("mask_tokens_bwd_cpu", TORCH_BOX(&mask_tokens_bwd_cpu));
+STABLE_TORCH_LIBRARY_IMPL(eva02_kernels_C, EVA02_KEY, m) {
+  m.impl("mask_tokens_fwd" EVA02_TARGET, TORCH_BOX(&mask_tokens_fwd));
+  m.impl("mask_tokens_bwd" EVA02_TARGET, TORCH_BOX(&mask_tokens_bwd));
 }
 
 }  // namespace eva02

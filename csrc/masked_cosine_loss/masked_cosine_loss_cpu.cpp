@@ -6,7 +6,7 @@
 //           a constant (its derivative is zero)
 // Limits    last dim contiguous; any row stride; target rows may repeat (their gradients are summed in index order)
 // Source    original; the feature distillation loss of EVA-02, arXiv:2303.11331
-#include "common/inverse_index.h"
+#include "common/rows.h"
 #include "masked_cosine_loss/masked_cosine_loss.h"
 
 namespace eva02::EVA02_ISA {
@@ -14,10 +14,8 @@ namespace {
 
 constexpr float kEps = 1e-8f, kClamped = 1.f / kEps;
 
-EVA02_INLINE int64_t target_row(const int64_t* index, int64_t m) { return index == nullptr ? m : index[m]; }
-
-int64_t count_selected(const int64_t* index, int64_t M) {
-  if (index == nullptr) return M;
+int64_t count_selected(const TokenIndex& index, int64_t M) {
+  if (index.data == nullptr) return M;
   int64_t count = 0;
   for (int64_t m = 0; m < M; ++m) count += index[m] >= 0;
   return count;
@@ -28,7 +26,7 @@ void masked_cosine_loss_fwd(const MaskedCosineLossFwdParams& p, const Runtime& r
   runtime.parallel_for(0, p.M, row_grain(p.D), [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; ++m) {
       float *stat = p.stats + m, inv_x = 0.f, inv_t = 0.f, cosine = 0.f;
-      const int64_t row = target_row(p.index, m);
+      const int64_t row = p.index[m];
       if (row >= 0) {
         const T* x = static_cast<const T*>(p.pred) + m * p.pred_stride;
         const T* t = static_cast<const T*>(p.target) + row * p.target_stride;
@@ -74,7 +72,7 @@ void masked_cosine_loss_bwd(const MaskedCosineLossBwdParams& p, const Runtime& r
     runtime.parallel_for(0, p.M, row_grain(p.D), [&](int64_t begin, int64_t end) {
       for (int64_t m = begin; m < end; ++m) {
         T* dx = static_cast<T*>(p.dpred) + m * p.dpred_stride;
-        const int64_t row = target_row(p.index, m);
+        const int64_t row = p.index[m];
         if (row < 0) {
           memset(dx, 0, bytes);
           continue;
@@ -87,19 +85,16 @@ void masked_cosine_loss_bwd(const MaskedCosineLossBwdParams& p, const Runtime& r
       }
     });
   if (p.dtarget == nullptr) return;
-  Scratch numbers(p.index == nullptr ? 2 * p.M : 0);  // without an index, row m is named by m alone
-  int64_t* identity = reinterpret_cast<int64_t*>(numbers.data);
-  if (p.index == nullptr)
-    for (int64_t m = 0; m < p.M; ++m) identity[m] = m;
-  const InverseIndex inverse(p.index == nullptr ? identity : p.index, p.M, p.T);
   runtime.parallel_for(0, p.T, row_grain(p.D), [&](int64_t begin, int64_t end) {
     Scratch scratch(padded(p.D));
     float* sum = scratch.data;
     for (int64_t row = begin; row < end; ++row) {
       T* dt = static_cast<T*>(p.dtarget) + row * p.dtarget_stride;
       const T* t = target + row * p.target_stride;
-      const int64_t* entries = inverse.entries + inverse.offsets[row];
-      const int64_t repeats = inverse.offsets[row + 1] - inverse.offsets[row];
+      // Without an index, row m is named by m alone.
+      const bool indexed = p.index.data != nullptr;
+      const int32_t* entries = indexed ? p.inverse.entries + p.inverse.offsets[row] : nullptr;
+      const int64_t repeats = indexed ? p.inverse.offsets[row + 1] - p.inverse.offsets[row] : 1;
       if (repeats == 0) {
         memset(dt, 0, bytes);
         continue;
@@ -107,7 +102,7 @@ void masked_cosine_loss_bwd(const MaskedCosineLossBwdParams& p, const Runtime& r
       fill(sum, padded(p.D), 0.f);
       float self = 0.f;
       for (int64_t k = 0; k < repeats; ++k) {
-        const int64_t m = entries[k];
+        const int64_t m = indexed ? entries[k] : row;
         const T* x = pred + m * p.pred_stride;
         const Coefficients c = coefficients(scale, inv_t[m], inv_x[m], cosine[m]);
         self += c.self;

@@ -46,5 +46,5 @@ struct QkvRopeBwdParams {
 
 }  // namespace eva02
 
-EVA02_CPU_LAUNCHER(run_qkv_rope_fwd, QkvRopeFwdParams)
-EVA02_CPU_LAUNCHER(run_qkv_rope_bwd, QkvRopeBwdParams)
+EVA02_LAUNCHER(run_qkv_rope_fwd, QkvRopeFwdParams)
+EVA02_LAUNCHER(run_qkv_rope_bwd, QkvRopeBwdParams)

@@ -45,11 +45,11 @@ Layout layout_of(const Tensor& x, const Tensor& packed, const OptTensor& wk, con
   return l;
 }
 
-void qkv_rope_fwd_cpu(Tensor x, Tensor wq, OptTensor wk, OptTensor wv, OptTensor bq, OptTensor bk, OptTensor bv,
-                      OptTensor pre_weight, OptTensor pre_bias, double pre_eps, OptTensor rope_cos, OptTensor rope_sin,
-                      OptTensor rope_grids, std::vector<int64_t> rope_grid, std::string rope_layout,
-                      int64_t num_prefix_tokens, OptTensor keep_idx, OptTensor cu_seqlens, int64_t seq_len,
-                      int64_t num_heads, int64_t num_kv_heads, Tensor qkv, OptTensor pre_mean, OptTensor pre_rstd) {
+void qkv_rope_fwd(Tensor x, Tensor wq, OptTensor wk, OptTensor wv, OptTensor bq, OptTensor bk, OptTensor bv,
+                  OptTensor pre_weight, OptTensor pre_bias, double pre_eps, OptTensor rope_cos, OptTensor rope_sin,
+                  OptTensor rope_grids, std::vector<int64_t> rope_grid, std::string rope_layout,
+                  int64_t num_prefix_tokens, OptTensor keep_idx, OptTensor cu_seqlens, int64_t seq_len,
+                  int64_t num_heads, int64_t num_kv_heads, Tensor qkv, OptTensor pre_mean, OptTensor pre_rstd) {
   const Layout l = layout_of(x, qkv, wk, cu_seqlens, seq_len, num_heads, num_kv_heads, rope_cos, rope_sin, rope_grids,
                              rope_grid, rope_layout, num_prefix_tokens, keep_idx);
   run_qkv_rope_fwd({.dtype = dtype_of(x, "x"),
@@ -76,16 +76,15 @@ void qkv_rope_fwd_cpu(Tensor x, Tensor wq, OptTensor wk, OptTensor wv, OptTensor
                     .head_dim = l.head_dim,
                     .x_stride = x.stride(0),
                     .qkv_stride = qkv.stride(0)},
-                   torch_runtime());
+                   target_of(x));
 }
 
-void qkv_rope_bwd_cpu(Tensor dqkv, Tensor x, Tensor wq, OptTensor wk, OptTensor wv, OptTensor pre_weight,
-                      OptTensor pre_bias, OptTensor pre_mean, OptTensor pre_rstd, OptTensor rope_cos,
-                      OptTensor rope_sin, OptTensor rope_grids, std::vector<int64_t> rope_grid, std::string rope_layout,
-                      int64_t num_prefix_tokens, OptTensor keep_idx, OptTensor cu_seqlens, int64_t seq_len,
-                      int64_t num_heads, int64_t num_kv_heads, OptTensor dx, OptTensor dwq, OptTensor dwk,
-                      OptTensor dwv, OptTensor dbq, OptTensor dbk, OptTensor dbv, OptTensor dpre_weight,
-                      OptTensor dpre_bias) {
+void qkv_rope_bwd(Tensor dqkv, Tensor x, Tensor wq, OptTensor wk, OptTensor wv, OptTensor pre_weight,
+                  OptTensor pre_bias, OptTensor pre_mean, OptTensor pre_rstd, OptTensor rope_cos, OptTensor rope_sin,
+                  OptTensor rope_grids, std::vector<int64_t> rope_grid, std::string rope_layout,
+                  int64_t num_prefix_tokens, OptTensor keep_idx, OptTensor cu_seqlens, int64_t seq_len,
+                  int64_t num_heads, int64_t num_kv_heads, OptTensor dx, OptTensor dwq, OptTensor dwk, OptTensor dwv,
+                  OptTensor dbq, OptTensor dbk, OptTensor dbv, OptTensor dpre_weight, OptTensor dpre_bias) {
   const Layout l = layout_of(x, dqkv, wk, cu_seqlens, seq_len, num_heads, num_kv_heads, rope_cos, rope_sin, rope_grids,
                              rope_grid, rope_layout, num_prefix_tokens, keep_idx);
   run_qkv_rope_bwd({.dtype = dtype_of(x, "x"),
@@ -116,7 +115,7 @@ void qkv_rope_bwd_cpu(Tensor dqkv, Tensor x, Tensor wq, OptTensor wk, OptTensor 
                     .dqkv_stride = dqkv.stride(0),
                     .x_stride = x.stride(0),
                     .dx_stride = row_stride(dx)},
-                   torch_runtime());
+                   target_of(dqkv));
 }
 
 }  // namespace
@@ -124,20 +123,20 @@ void qkv_rope_bwd_cpu(Tensor dqkv, Tensor x, Tensor wq, OptTensor wk, OptTensor 
 #define EVA02_QKV_ARGS EVA02_ROPE_SCHEMA ", Tensor? cu_seqlens, int seq_len, int num_heads, int num_kv_heads, "
 
 STABLE_TORCH_LIBRARY_FRAGMENT(eva02_kernels_C, m) {
-  m.def(
-      "qkv_rope_fwd_cpu(Tensor x, Tensor wq, Tensor? wk, Tensor? wv, Tensor? bq, Tensor? bk, Tensor? bv, "
-      "Tensor? pre_weight, Tensor? pre_bias, float pre_eps, " EVA02_QKV_ARGS
-      "Tensor(a!) qkv, Tensor(b!)? pre_mean, Tensor(c!)? pre_rstd) -> ()");
-  m.def(
-      "qkv_rope_bwd_cpu(Tensor dqkv, Tensor x, Tensor wq, Tensor? wk, Tensor? wv, Tensor? pre_weight, "
-      "Tensor? pre_bias, Tensor? pre_mean, Tensor? pre_rstd, " EVA02_QKV_ARGS
-      "Tensor(a!)? dx, Tensor(b!)? dwq, Tensor(c!)? dwk, Tensor(d!)? dwv, Tensor(e!)? dbq, Tensor(f!)? dbk, "
-      "Tensor(g!)? dbv, Tensor(h!)? dpre_weight, Tensor(i!)? dpre_bias) -> ()");
+  m.def("qkv_rope_fwd" EVA02_TARGET
+        "(Tensor x, Tensor wq, Tensor? wk, Tensor? wv, Tensor? bq, Tensor? bk, Tensor? bv, "
+        "Tensor? pre_weight, Tensor? pre_bias, float pre_eps, " EVA02_QKV_ARGS
+        "Tensor(a!) qkv, Tensor(b!)? pre_mean, Tensor(c!)? pre_rstd) -> ()");
+  m.def("qkv_rope_bwd" EVA02_TARGET
+        "(Tensor dqkv, Tensor x, Tensor wq, Tensor? wk, Tensor? wv, Tensor? pre_weight, "
+        "Tensor? pre_bias, Tensor? pre_mean, Tensor? pre_rstd, " EVA02_QKV_ARGS
+        "Tensor(a!)? dx, Tensor(b!)? dwq, Tensor(c!)? dwk, Tensor(d!)? dwv, Tensor(e!)? dbq, Tensor(f!)? dbk, "
+        "Tensor(g!)? dbv, Tensor(h!)? dpre_weight, Tensor(i!)? dpre_bias) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(eva02_kernels_C, CPU, m) {
-  m.impl("qkv_rope_fwd_cpu", TORCH_BOX(&qkv_rope_fwd_cpu));
-  m.impl("qkv_rope_bwd_cpu", TORCH_BOX(&qkv_rope_bwd_cpu));
+STABLE_TORCH_LIBRARY_IMPL(eva02_kernels_C, EVA02_KEY, m) {
+  m.impl("qkv_rope_fwd" EVA02_TARGET, TORCH_BOX(&qkv_rope_fwd));
+  m.impl("qkv_rope_bwd" EVA02_TARGET, TORCH_BOX(&qkv_rope_bwd));
 }
 
 }  // namespace eva02

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "common/cpu.h"
+#include "common/launcher.h"
 
 namespace eva02 {
 
@@ -13,4 +13,4 @@ struct FmaPeakParams {
 
 }  // namespace eva02
 
-EVA02_CPU_LAUNCHER(run_fma_peak, FmaPeakParams)
+EVA02_LAUNCHER(run_fma_peak, FmaPeakParams)

@@ -9,7 +9,7 @@ void fma_peak_cpu(int64_t iterations, Tensor out) {
                   "out: expected a contiguous float32 tensor (chunks, 2)");
   run_fma_peak(
       {.out = ptr_as<float>(out), .chunks = out.size(0), .iterations = iterations, .factor = 0.5f, .term = 1.f},
-      torch_runtime());
+      target_of(out));
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "common/cpu.h"
+#include "common/launcher.h"
 #include "common/param.h"
 #include "common/rope_table.h"
 
@@ -34,5 +34,5 @@ struct RopeAttentionParams {
 
 }  // namespace eva02
 
-EVA02_CPU_LAUNCHER(run_rope_attention_fwd, RopeAttentionParams)
-EVA02_CPU_LAUNCHER(run_rope_attention_bwd, RopeAttentionParams)
+EVA02_LAUNCHER(run_rope_attention_fwd, RopeAttentionParams)
+EVA02_LAUNCHER(run_rope_attention_bwd, RopeAttentionParams)

@@ -70,22 +70,22 @@ RopeAttentionParams attention_params(const Tensor& q, const Tensor& k, const Ten
           .dk_norm = {}};
 }
 
-void rope_attention_fwd_cpu(Tensor q, Tensor k, Tensor v, OptTensor rope_cos, OptTensor rope_sin, OptTensor rope_grids,
-                            std::vector<int64_t> rope_grid, std::string rope_layout, int64_t num_prefix_tokens,
-                            OptTensor keep_idx, OptTensor key_padding_mask, OptTensor cu_seqlens, bool causal,
-                            double scale, OptTensor q_norm, OptTensor k_norm, double norm_eps, Tensor out, Tensor lse) {
+void rope_attention_fwd(Tensor q, Tensor k, Tensor v, OptTensor rope_cos, OptTensor rope_sin, OptTensor rope_grids,
+                        std::vector<int64_t> rope_grid, std::string rope_layout, int64_t num_prefix_tokens,
+                        OptTensor keep_idx, OptTensor key_padding_mask, OptTensor cu_seqlens, bool causal, double scale,
+                        OptTensor q_norm, OptTensor k_norm, double norm_eps, Tensor out, Tensor lse) {
   run_rope_attention_fwd(
       attention_params(q, k, v, rope_cos, rope_sin, rope_grids, rope_grid, rope_layout, num_prefix_tokens, keep_idx,
                        key_padding_mask, cu_seqlens, causal, scale, q_norm, k_norm, norm_eps, out, lse),
-      torch_runtime());
+      target_of(q));
 }
 
-void rope_attention_bwd_cpu(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, OptTensor rope_cos,
-                            OptTensor rope_sin, OptTensor rope_grids, std::vector<int64_t> rope_grid,
-                            std::string rope_layout, int64_t num_prefix_tokens, OptTensor keep_idx,
-                            OptTensor key_padding_mask, OptTensor cu_seqlens, bool causal, double scale,
-                            OptTensor q_norm, OptTensor k_norm, double norm_eps, OptTensor dq, OptTensor dk,
-                            OptTensor dv, OptTensor dcos, OptTensor dsin, OptTensor dq_norm, OptTensor dk_norm) {
+void rope_attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, OptTensor rope_cos,
+                        OptTensor rope_sin, OptTensor rope_grids, std::vector<int64_t> rope_grid,
+                        std::string rope_layout, int64_t num_prefix_tokens, OptTensor keep_idx,
+                        OptTensor key_padding_mask, OptTensor cu_seqlens, bool causal, double scale, OptTensor q_norm,
+                        OptTensor k_norm, double norm_eps, OptTensor dq, OptTensor dk, OptTensor dv, OptTensor dcos,
+                        OptTensor dsin, OptTensor dq_norm, OptTensor dk_norm) {
   RopeAttentionParams p =
       attention_params(q, k, v, rope_cos, rope_sin, rope_grids, rope_grid, rope_layout, num_prefix_tokens, keep_idx,
                        key_padding_mask, cu_seqlens, causal, scale, q_norm, k_norm, norm_eps, out, lse);
@@ -100,7 +100,7 @@ void rope_attention_bwd_cpu(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor ou
                   "dcos: expected dense tables");
   p.dq_norm = param_grad_of(dq_norm, "dq_norm");
   p.dk_norm = param_grad_of(dk_norm, "dk_norm");
-  run_rope_attention_bwd(p, torch_runtime());
+  run_rope_attention_bwd(p, target_of(dout));
 }
 
 }  // namespace
@@ -111,18 +111,18 @@ void rope_attention_bwd_cpu(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor ou
   "norm_eps"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(eva02_kernels_C, m) {
-  m.def("rope_attention_fwd_cpu(Tensor q, Tensor k, Tensor v, " EVA02_ATTENTION_SCHEMA
+  m.def("rope_attention_fwd" EVA02_TARGET "(Tensor q, Tensor k, Tensor v, " EVA02_ATTENTION_SCHEMA
         ", Tensor(a!) out, Tensor(b!) lse) -> ()");
-  m.def(
-      "rope_attention_bwd_cpu(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor "
-      "lse, " EVA02_ATTENTION_SCHEMA
-      ", Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv, Tensor(d!)? dcos, Tensor(e!)? dsin, Tensor(f!)? dq_norm, "
-      "Tensor(g!)? dk_norm) -> ()");
+  m.def("rope_attention_bwd" EVA02_TARGET
+        "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor "
+        "lse, " EVA02_ATTENTION_SCHEMA
+        ", Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv, Tensor(d!)? dcos, Tensor(e!)? dsin, Tensor(f!)? dq_norm, "
+        "Tensor(g!)? dk_norm) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(eva02_kernels_C, CPU, m) {
-  m.impl("rope_attention_fwd_cpu", TORCH_BOX(&rope_attention_fwd_cpu));
-  m.impl("rope_attention_bwd_cpu", TORCH_BOX(&rope_attention_bwd_cpu));
+STABLE_TORCH_LIBRARY_IMPL(eva02_kernels_C, EVA02_KEY, m) {
+  m.impl("rope_attention_fwd" EVA02_TARGET, TORCH_BOX(&rope_attention_fwd));
+  m.impl("rope_attention_bwd" EVA02_TARGET, TORCH_BOX(&rope_attention_bwd));
 }
 
 }  // namespace eva02

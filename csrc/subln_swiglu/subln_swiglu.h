@@ -29,5 +29,5 @@ struct SublnSwigluBwdParams {
 
 }  // namespace eva02
 
-EVA02_CPU_LAUNCHER(run_subln_swiglu_fwd, SublnSwigluFwdParams)
-EVA02_CPU_LAUNCHER(run_subln_swiglu_bwd, SublnSwigluBwdParams)
+EVA02_LAUNCHER(run_subln_swiglu_fwd, SublnSwigluFwdParams)
+EVA02_LAUNCHER(run_subln_swiglu_bwd, SublnSwigluBwdParams)

@@ -6,8 +6,8 @@ namespace {
 
 // Activations are 2-D (rows, F) with a contiguous last dim, parameters (F,) contiguous, mean and rstd (rows,) float32;
 // the Python adapter has checked shapes and dtypes.
-void subln_swiglu_fwd_cpu(Tensor gate, Tensor up, Tensor weight, Tensor bias, double eps, Tensor out, Tensor mean,
-                          Tensor rstd) {
+void subln_swiglu_fwd(Tensor gate, Tensor up, Tensor weight, Tensor bias, double eps, Tensor out, Tensor mean,
+                      Tensor rstd) {
   run_subln_swiglu_fwd({.dtype = dtype_of(gate, "gate"),
                         .gate = ptr(gate),
                         .up = ptr(up),
@@ -22,11 +22,11 @@ void subln_swiglu_fwd_cpu(Tensor gate, Tensor up, Tensor weight, Tensor bias, do
                         .gate_stride = gate.stride(0),
                         .up_stride = up.stride(0),
                         .out_stride = out.stride(0)},
-                       torch_runtime());
+                       target_of(gate));
 }
 
-void subln_swiglu_bwd_cpu(Tensor dout, Tensor gate, Tensor up, Tensor weight, Tensor mean, Tensor rstd, OptTensor dgate,
-                          OptTensor dup, OptTensor dweight, OptTensor dbias) {
+void subln_swiglu_bwd(Tensor dout, Tensor gate, Tensor up, Tensor weight, Tensor mean, Tensor rstd, OptTensor dgate,
+                      OptTensor dup, OptTensor dweight, OptTensor dbias) {
   run_subln_swiglu_bwd({.dtype = dtype_of(gate, "gate"),
                         .dout = ptr(dout),
                         .gate = ptr(gate),
@@ -45,23 +45,23 @@ void subln_swiglu_bwd_cpu(Tensor dout, Tensor gate, Tensor up, Tensor weight, Te
                         .up_stride = up.stride(0),
                         .dgate_stride = row_stride(dgate),
                         .dup_stride = row_stride(dup)},
-                       torch_runtime());
+                       target_of(dout));
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(eva02_kernels_C, m) {
-  m.def(
-      "subln_swiglu_fwd_cpu(Tensor gate, Tensor up, Tensor weight, Tensor bias, float eps, Tensor(a!) out, "
-      "Tensor(b!) mean, Tensor(c!) rstd) -> ()");
-  m.def(
-      "subln_swiglu_bwd_cpu(Tensor dout, Tensor gate, Tensor up, Tensor weight, Tensor mean, Tensor rstd, "
-      "Tensor(a!)? dgate, Tensor(b!)? dup, Tensor(c!)? dweight, Tensor(d!)? dbias) -> ()");
+  m.def("subln_swiglu_fwd" EVA02_TARGET
+        "(Tensor gate, Tensor up, Tensor weight, Tensor bias, float eps, Tensor(a!) out, "
+        "Tensor(b!) mean, Tensor(c!) rstd) -> ()");
+  m.def("subln_swiglu_bwd" EVA02_TARGET
+        "(Tensor dout, Tensor gate, Tensor up, Tensor weight, Tensor mean, Tensor rstd, "
+        "Tensor(a!)? dgate, Tensor(b!)? dup, Tensor(c!)? dweight, Tensor(d!)? dbias) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(eva02_kernels_C, CPU, m) {
-  m.impl("subln_swiglu_fwd_cpu", TORCH_BOX(&subln_swiglu_fwd_cpu));
-  m.impl("subln_swiglu_bwd_cpu", TORCH_BOX(&subln_swiglu_bwd_cpu));
+STABLE_TORCH_LIBRARY_IMPL(eva02_kernels_C, EVA02_KEY, m) {
+  m.impl("subln_swiglu_fwd" EVA02_TARGET, TORCH_BOX(&subln_swiglu_fwd));
+  m.impl("subln_swiglu_bwd" EVA02_TARGET, TORCH_BOX(&subln_swiglu_bwd));
 }
 
 }  // namespace eva02

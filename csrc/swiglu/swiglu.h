@@ -1,6 +1,6 @@
 #pragma once
 
-#include "common/cpu.h"
+#include "common/launcher.h"
 
 namespace eva02 {
 
@@ -24,5 +24,5 @@ struct SwigluBwdParams {
 
 }  // namespace eva02
 
-EVA02_CPU_LAUNCHER(run_swiglu_fwd, SwigluFwdParams)
-EVA02_CPU_LAUNCHER(run_swiglu_bwd, SwigluBwdParams)
+EVA02_LAUNCHER(run_swiglu_fwd, SwigluFwdParams)
+EVA02_LAUNCHER(run_swiglu_bwd, SwigluBwdParams)

@@ -40,5 +40,5 @@ struct SwigluMlpBwdParams {
 
 }  // namespace eva02
 
-EVA02_CPU_LAUNCHER(run_swiglu_mlp_fwd, SwigluMlpFwdParams)
-EVA02_CPU_LAUNCHER(run_swiglu_mlp_bwd, SwigluMlpBwdParams)
+EVA02_LAUNCHER(run_swiglu_mlp_fwd, SwigluMlpFwdParams)
+EVA02_LAUNCHER(run_swiglu_mlp_bwd, SwigluMlpBwdParams)

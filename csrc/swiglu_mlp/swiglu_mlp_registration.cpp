@@ -46,11 +46,11 @@ SwigluMlpShape shape_of(const Tensor& x, const Tensor& w_gate, const OptTensor& 
   return s;
 }
 
-void swiglu_mlp_fwd_cpu(Tensor x, Tensor w_gate, OptTensor b_gate, OptTensor w_up, OptTensor b_up, Tensor w_down,
-                        OptTensor b_down, OptTensor norm_weight, OptTensor norm_bias, double eps, OptTensor pre_weight,
-                        OptTensor pre_bias, double pre_eps, OptTensor layer_scale, OptTensor row_scale, bool add_x,
-                        Tensor out, OptTensor gate_up, OptTensor mean, OptTensor rstd, OptTensor pre_mean,
-                        OptTensor pre_rstd) {
+void swiglu_mlp_fwd(Tensor x, Tensor w_gate, OptTensor b_gate, OptTensor w_up, OptTensor b_up, Tensor w_down,
+                    OptTensor b_down, OptTensor norm_weight, OptTensor norm_bias, double eps, OptTensor pre_weight,
+                    OptTensor pre_bias, double pre_eps, OptTensor layer_scale, OptTensor row_scale, bool add_x,
+                    Tensor out, OptTensor gate_up, OptTensor mean, OptTensor rstd, OptTensor pre_mean,
+                    OptTensor pre_rstd) {
   run_swiglu_mlp_fwd(
       {.s = shape_of(x, w_gate, b_gate, w_up, b_up, w_down, b_down, ptr(mean) != nullptr, norm_weight, norm_bias,
                      ptr(pre_mean) != nullptr, pre_weight, pre_bias, layer_scale, row_scale, add_x),
@@ -63,17 +63,17 @@ void swiglu_mlp_fwd_cpu(Tensor x, Tensor w_gate, OptTensor b_gate, OptTensor w_u
        .pre_mean = ptr_as<float>(pre_mean),
        .pre_rstd = ptr_as<float>(pre_rstd),
        .out_stride = out.stride(0)},
-      torch_runtime());
+      target_of(x));
 }
 
 // A packed gradient (w_up absent): the second half of dw_gate and db_gate is up's.
-void swiglu_mlp_bwd_cpu(Tensor dout, Tensor x, Tensor w_gate, OptTensor b_gate, OptTensor w_up, OptTensor b_up,
-                        Tensor w_down, OptTensor b_down, OptTensor norm_weight, OptTensor norm_bias,
-                        OptTensor pre_weight, OptTensor pre_bias, OptTensor layer_scale, OptTensor row_scale,
-                        bool add_x, OptTensor gate_up, OptTensor mean, OptTensor rstd, OptTensor pre_mean,
-                        OptTensor pre_rstd, OptTensor dx, OptTensor dw_gate, OptTensor db_gate, OptTensor dw_up,
-                        OptTensor db_up, OptTensor dw_down, OptTensor db_down, OptTensor dnorm_weight,
-                        OptTensor dnorm_bias, OptTensor dpre_weight, OptTensor dpre_bias, OptTensor dlayer_scale) {
+void swiglu_mlp_bwd(Tensor dout, Tensor x, Tensor w_gate, OptTensor b_gate, OptTensor w_up, OptTensor b_up,
+                    Tensor w_down, OptTensor b_down, OptTensor norm_weight, OptTensor norm_bias, OptTensor pre_weight,
+                    OptTensor pre_bias, OptTensor layer_scale, OptTensor row_scale, bool add_x, OptTensor gate_up,
+                    OptTensor mean, OptTensor rstd, OptTensor pre_mean, OptTensor pre_rstd, OptTensor dx,
+                    OptTensor dw_gate, OptTensor db_gate, OptTensor dw_up, OptTensor db_up, OptTensor dw_down,
+                    OptTensor db_down, OptTensor dnorm_weight, OptTensor dnorm_bias, OptTensor dpre_weight,
+                    OptTensor dpre_bias, OptTensor dlayer_scale) {
   SwigluMlpBwdParams p{
       .s = shape_of(x, w_gate, b_gate, w_up, b_up, w_down, b_down, ptr(mean) != nullptr, norm_weight, norm_bias,
                     ptr(pre_mean) != nullptr, pre_weight, pre_bias, layer_scale, row_scale, add_x),
@@ -104,7 +104,7 @@ void swiglu_mlp_bwd_cpu(Tensor dout, Tensor x, Tensor w_gate, OptTensor b_gate, 
       p.db_up = {.data = static_cast<char*>(p.db_gate.data) + p.s.F * static_cast<int64_t>(db_gate->element_size()),
                  .dtype = p.db_gate.dtype};
   }
-  run_swiglu_mlp_bwd(p, torch_runtime());
+  run_swiglu_mlp_bwd(p, target_of(dout));
 }
 
 }  // namespace
@@ -114,11 +114,11 @@ void swiglu_mlp_bwd_cpu(Tensor dout, Tensor x, Tensor w_gate, OptTensor b_gate, 
   "Tensor? norm_bias, "
 
 STABLE_TORCH_LIBRARY_FRAGMENT(eva02_kernels_C, m) {
-  m.def("swiglu_mlp_fwd_cpu(Tensor x, " EVA02_SWIGLU_MLP_WEIGHTS
+  m.def("swiglu_mlp_fwd" EVA02_TARGET "(Tensor x, " EVA02_SWIGLU_MLP_WEIGHTS
         "float eps, Tensor? pre_weight, Tensor? pre_bias, float pre_eps, Tensor? layer_scale, Tensor? row_scale, "
         "bool add_x, Tensor(a!) out, Tensor(b!)? gate_up, Tensor(c!)? mean, Tensor(d!)? rstd, Tensor(e!)? pre_mean, "
         "Tensor(f!)? pre_rstd) -> ()");
-  m.def("swiglu_mlp_bwd_cpu(Tensor dout, Tensor x, " EVA02_SWIGLU_MLP_WEIGHTS
+  m.def("swiglu_mlp_bwd" EVA02_TARGET "(Tensor dout, Tensor x, " EVA02_SWIGLU_MLP_WEIGHTS
         "Tensor? pre_weight, Tensor? pre_bias, Tensor? layer_scale, Tensor? row_scale, bool add_x, Tensor? gate_up, "
         "Tensor? mean, Tensor? rstd, Tensor? pre_mean, Tensor? pre_rstd, Tensor(a!)? dx, Tensor(b!)? dw_gate, "
         "Tensor(c!)? db_gate, Tensor(d!)? dw_up, Tensor(e!)? db_up, Tensor(f!)? dw_down, Tensor(g!)? db_down, "
@@ -126,9 +126,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(eva02_kernels_C, m) {
         "Tensor(l!)? dlayer_scale) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(eva02_kernels_C, CPU, m) {
-  m.impl("swiglu_mlp_fwd_cpu", TORCH_BOX(&swiglu_mlp_fwd_cpu));
-  m.impl("swiglu_mlp_bwd_cpu", TORCH_BOX(&swiglu_mlp_bwd_cpu));
+STABLE_TORCH_LIBRARY_IMPL(eva02_kernels_C, EVA02_KEY, m) {
+  m.impl("swiglu_mlp_fwd" EVA02_TARGET, TORCH_BOX(&swiglu_mlp_fwd));
+  m.impl("swiglu_mlp_bwd" EVA02_TARGET, TORCH_BOX(&swiglu_mlp_bwd));
 }
 
 }  // namespace eva02

@@ -155,13 +155,18 @@ def cpu_backend(
     *,
     error_multiple: float = 1.0,
 ) -> Backend:
-    """The compiled CPU kernels as a backend; ``unsupported`` adds the operator's own reasons."""
+    """The compiled CPU kernels as a backend: ``fwd`` and ``bwd`` take the library before the operator's arguments.
+
+    ``unsupported`` adds the operator's own reasons.
+    """
 
     def reasons(direction: str, args: tuple[Any, ...]) -> Sequence[str]:
         common = _native.cpu_unsupported(args)
         return common or unsupported(direction, args)
 
-    return Backend("cpu", fwd, bwd, reasons, error_multiple)
+    return Backend(
+        "cpu", functools.partial(fwd, _native.CPU), functools.partial(bwd, _native.CPU), reasons, error_multiple
+    )
 
 
 def triton_backend(

@@ -1,4 +1,4 @@
-"""CPU kernels of ``csrc/add_layer_norm``."""
+"""Compiled kernels of ``csrc/add_layer_norm``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from eva02_kernels._native import Library
 from eva02_kernels.ops._common import dense_like, empty_stats, rows_2d
 
 
@@ -15,6 +16,7 @@ def _rows_per_sample(rows: int, row_scale: Tensor | None) -> int:
 
 
 def fwd(
+    lib: Library,
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor | None,
@@ -28,9 +30,9 @@ def fwd(
     rows = x2.shape[0]
     adds = residual is not None or layer_scale is not None or row_scale is not None
     normed = dense_like(x)
-    total = torch.empty(x.shape if adds else 0, dtype=x.dtype)
+    total = torch.empty(x.shape if adds else 0, dtype=x.dtype, device=x.device)
     mean, rstd = empty_stats(x, 0 if rms else rows), empty_stats(x, rows)
-    torch.ops.eva02_kernels_C.add_layer_norm_fwd_cpu.default(
+    lib.add_layer_norm_fwd(
         x2,
         None if residual is None else rows_2d(residual),
         weight,
@@ -49,6 +51,7 @@ def fwd(
 
 
 def bwd(
+    lib: Library,
     dnormed: Tensor,
     dsum: Tensor | None,
     total: Tensor,
@@ -74,7 +77,7 @@ def bwd(
     same = layer_scale is None and row_scale is None
     dresidual = None if same and needs_x else like(total, needs_residual)
     dweight, dbias, dscale = like(weight, needs_weight), like(bias, needs_bias), like(layer_scale, needs_scale)
-    torch.ops.eva02_kernels_C.add_layer_norm_bwd_cpu.default(
+    lib.add_layer_norm_bwd(
         rows_2d(dnormed),
         None if dsum is None else rows_2d(dsum),
         total2,

@@ -20,7 +20,8 @@ from torch import Tensor
 from eva02_kernels import _triton
 from eva02_kernels._launch import pair_chunks, rope_table_rows, rope_tokens
 from eva02_kernels.ops._common import last_dense
-from eva02_kernels.ops._triton_lib import alignment, inverse_index, row_offsets
+from eva02_kernels.ops._token_index import inverse_index
+from eva02_kernels.ops._triton_lib import alignment, row_offsets
 from eva02_kernels.ops._triton_rope import (
     ROPE_INTEGERS,
     load_cos_sin,

@@ -1,4 +1,4 @@
-"""CPU kernels of ``csrc/gather_layer_norm``."""
+"""Compiled kernels of ``csrc/gather_layer_norm``."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from eva02_kernels._native import Library
 from eva02_kernels.ops._common import contiguous, empty_like_needed, empty_stats, last_dense, present
 
 
-def fwd(x: Tensor, idx: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    out = torch.empty(*idx.shape, x.shape[-1], dtype=x.dtype)
+def fwd(
+    lib: Library, x: Tensor, idx: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    out = torch.empty(*idx.shape, x.shape[-1], dtype=x.dtype, device=x.device)
     mean, rstd = empty_stats(x, idx.numel()), empty_stats(x, idx.numel())
-    torch.ops.eva02_kernels_C.gather_layer_norm_fwd_cpu.default(
-        last_dense(x), *contiguous(idx, weight, bias), eps, out, mean, rstd
-    )
+    lib.gather_layer_norm_fwd(last_dense(x), *contiguous(idx, weight, bias), eps, out, mean, rstd)
     return out, mean, rstd
 
 
 def bwd(
+    lib: Library,
     dout: Tensor,
     x: Tensor,
     idx: Tensor,
@@ -31,7 +33,13 @@ def bwd(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     grads = empty_like_needed((x, weight, bias), needs)
-    torch.ops.eva02_kernels_C.gather_layer_norm_bwd_cpu.default(
-        dout.contiguous(), last_dense(x), *contiguous(idx, weight), mean, rstd, *grads
+    lib.gather_layer_norm_bwd(
+        dout.contiguous(),
+        last_dense(x),
+        *lib.inverse_token_index(idx, *x.shape[:2]),
+        weight.contiguous(),
+        mean,
+        rstd,
+        *grads,
     )
     return present(grads)

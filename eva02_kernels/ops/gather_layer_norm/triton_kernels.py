@@ -21,9 +21,9 @@ from torch import Tensor
 from eva02_kernels import _triton
 from eva02_kernels._launch import whole_rows
 from eva02_kernels.ops._common import empty_like_needed, empty_stats, last_dense, present, rows_2d
+from eva02_kernels.ops._token_index import inverse_token_index
 from eva02_kernels.ops._triton_lib import (
     column_sums,
-    inverse_token_index,
     mean_and_rstd,
     norm_input_gradient,
     parameter_partials,

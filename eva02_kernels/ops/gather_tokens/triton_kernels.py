@@ -19,7 +19,8 @@ from torch import Tensor
 from eva02_kernels import _triton
 from eva02_kernels._launch import row_pieces
 from eva02_kernels.ops._common import last_dense, rows_2d
-from eva02_kernels.ops._triton_lib import inverse_token_index, picked_tokens, row_offsets, sum_of_run
+from eva02_kernels.ops._token_index import inverse_token_index
+from eva02_kernels.ops._triton_lib import picked_tokens, row_offsets, sum_of_run
 
 
 @triton.jit(do_not_specialize=["M", "K", "S", "limit"])

@@ -1,13 +1,13 @@
-"""CPU kernels of ``csrc/gelu_mlp``."""
+"""Compiled kernels of ``csrc/gelu_mlp``."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from eva02_kernels._native import Library
 from eva02_kernels.ops._common import (
     contiguous,
     empty_like_needed,
@@ -52,24 +52,26 @@ def _kernel_args(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (rows_2d(w1), *contiguous(b1), rows_2d(w2), *contiguous(b2, pre_weight, pre_bias), pre_eps)
 
 
-def fwd(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def fwd(lib: Library, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     layer_scale, row_scale, add_x = args[8:11]
     outputs = empty_outputs(x, args)
     out, *kept = outputs
     if out.numel():
-        torch.ops.eva02_kernels_C.gelu_mlp_fwd_cpu.default(
+        lib.gelu_mlp_fwd(
             rows_2d(x), *_kernel_args(args), *contiguous(layer_scale, row_scale), add_x, view_2d(out), *nonempty(*kept)
         )
     return outputs
 
 
-def bwd(dout: Tensor, hidden: Tensor, pre_mean: Tensor, pre_rstd: Tensor, x: Tensor, *args: Any) -> list[Tensor]:
+def bwd(
+    lib: Library, dout: Tensor, hidden: Tensor, pre_mean: Tensor, pre_rstd: Tensor, x: Tensor, *args: Any
+) -> list[Tensor]:
     *args, needs = args  # type: ignore[assignment]
     layer_scale, row_scale, add_x = args[8:11]
     grads = empty_like_needed((x, *args[:6], layer_scale), needs)
     dx, *parameters = grads
     if dout.numel():
-        torch.ops.eva02_kernels_C.gelu_mlp_bwd_cpu.default(
+        lib.gelu_mlp_bwd(
             rows_2d(dout),
             rows_2d(x),
             *_kernel_args(tuple(args))[:-1],  # backward needs no eps: it has rstd

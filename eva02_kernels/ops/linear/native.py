@@ -1,4 +1,4 @@
-"""CPU kernels of ``csrc/linear``."""
+"""Compiled kernels of ``csrc/linear``."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from eva02_kernels._native import Library
 from eva02_kernels.ops._common import contiguous, empty_like_needed, present, rows_2d
 
 
 def fwd(
+    lib: Library,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -19,8 +21,8 @@ def fwd(
     row_scale: Tensor | None,
 ) -> Tensor:
     x2 = rows_2d(x)
-    out = torch.empty(*x.shape[:-1], weight.shape[0], dtype=x.dtype)
-    torch.ops.eva02_kernels_C.linear_fwd_cpu.default(
+    out = torch.empty(*x.shape[:-1], weight.shape[0], dtype=x.dtype, device=x.device)
+    lib.linear_fwd(
         x2,
         rows_2d(weight),
         *contiguous(bias),
@@ -32,6 +34,7 @@ def fwd(
 
 
 def bwd(
+    lib: Library,
     dout: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -43,7 +46,7 @@ def bwd(
     x2 = rows_2d(x)
     grads = empty_like_needed((x, weight, bias, layer_scale), needs)
     dx, *parameters = grads
-    torch.ops.eva02_kernels_C.linear_bwd_cpu.default(
+    lib.linear_bwd(
         rows_2d(dout),
         x2,
         rows_2d(weight),

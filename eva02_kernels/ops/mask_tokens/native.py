@@ -1,4 +1,4 @@
-"""CPU kernels of ``csrc/mask_tokens``."""
+"""Compiled kernels of ``csrc/mask_tokens``."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from eva02_kernels._native import Library
 from eva02_kernels.ops._common import contiguous, empty_like_needed, present
 
 
 def fwd(
+    lib: Library,
     patches: Tensor,
     mask: Tensor | None,
     mask_token: Tensor | None,
@@ -19,14 +21,13 @@ def fwd(
 ) -> Tensor:
     batch, count, width = patches.shape
     prefix = 0 if cls_token is None else cls_token.shape[0]
-    out = torch.empty(batch, prefix + count, width, dtype=patches.dtype)
-    torch.ops.eva02_kernels_C.mask_tokens_fwd_cpu.default(
-        *contiguous(patches, mask, mask_token, pos_embed, cls_token), out
-    )
+    out = torch.empty(batch, prefix + count, width, dtype=patches.dtype, device=patches.device)
+    lib.mask_tokens_fwd(*contiguous(patches, mask, mask_token, pos_embed, cls_token), out)
     return out
 
 
 def bwd(
+    lib: Library,
     dout: Tensor,
     mask: Tensor | None,
     mask_token: Tensor | None,
@@ -36,7 +37,7 @@ def bwd(
 ) -> list[Tensor]:
     batch, tokens, width = dout.shape
     prefix = 0 if cls_token is None else cls_token.shape[0]
-    dpatches = torch.empty(batch, tokens - prefix, width, dtype=dout.dtype) if needs[0] else None
+    dpatches = torch.empty(batch, tokens - prefix, width, dtype=dout.dtype, device=dout.device) if needs[0] else None
     parameters = empty_like_needed((mask_token, pos_embed, cls_token), needs[1:])
-    torch.ops.eva02_kernels_C.mask_tokens_bwd_cpu.default(*contiguous(dout, mask), prefix, dpatches, *parameters)
+    lib.mask_tokens_bwd(*contiguous(dout, mask), prefix, dpatches, *parameters)
     return present([dpatches, *parameters])

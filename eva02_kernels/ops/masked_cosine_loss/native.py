@@ -1,4 +1,4 @@
-"""CPU kernels of ``csrc/masked_cosine_loss``."""
+"""Compiled kernels of ``csrc/masked_cosine_loss``."""
 
 from __future__ import annotations
 
@@ -7,25 +7,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from eva02_kernels._native import Library
 from eva02_kernels.ops._common import contiguous, empty_like_needed, present, rows_2d
 
 
-def fwd(pred: Tensor, target: Tensor, idx: Tensor | None) -> tuple[Tensor, Tensor]:
-    loss = torch.empty((), dtype=torch.float32)
-    stats = torch.empty(3, pred.shape[0], dtype=torch.float32)
-    torch.ops.eva02_kernels_C.masked_cosine_loss_fwd_cpu.default(
-        rows_2d(pred), rows_2d(target), *contiguous(idx), loss, stats
-    )
+def fwd(lib: Library, pred: Tensor, target: Tensor, idx: Tensor | None) -> tuple[Tensor, Tensor]:
+    loss = torch.empty((), dtype=torch.float32, device=pred.device)
+    stats = torch.empty(3, pred.shape[0], dtype=torch.float32, device=pred.device)
+    lib.masked_cosine_loss_fwd(rows_2d(pred), rows_2d(target), *contiguous(idx), loss, stats)
     return loss, stats
 
 
 def bwd(
-    dloss: Tensor, pred: Tensor, target: Tensor, idx: Tensor | None, stats: Tensor, needs: Sequence[bool]
+    lib: Library, dloss: Tensor, pred: Tensor, target: Tensor, idx: Tensor | None, stats: Tensor, needs: Sequence[bool]
 ) -> list[Tensor]:
     grads = empty_like_needed((pred, target), needs)
-    torch.ops.eva02_kernels_C.masked_cosine_loss_bwd_cpu.default(
-        dloss, rows_2d(pred), rows_2d(target), *contiguous(idx), stats, *grads
-    )
+    inverse = (None, None) if idx is None or not needs[1] else lib.inverse_token_index(idx, target.shape[0], 1)
+    lib.masked_cosine_loss_bwd(dloss, rows_2d(pred), rows_2d(target), *contiguous(idx), *inverse, stats, *grads)
     return present(grads)
 
 

@@ -21,7 +21,8 @@ from torch import Tensor
 from eva02_kernels import _triton
 from eva02_kernels._launch import ONE_SUM, row_pieces
 from eva02_kernels.ops._common import empty_like_needed, present, rows_2d
-from eva02_kernels.ops._triton_lib import inverse_sqrt, inverse_token_index, row_offsets
+from eva02_kernels.ops._token_index import inverse_token_index
+from eva02_kernels.ops._triton_lib import inverse_sqrt, row_offsets
 
 EPS = tl.constexpr(1e-8)
 CLAMPED = tl.constexpr(1e8)

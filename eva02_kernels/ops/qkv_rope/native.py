@@ -1,4 +1,4 @@
-"""CPU kernels of ``csrc/qkv_rope``."""
+"""Compiled kernels of ``csrc/qkv_rope``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eva02_kernels._native import Library
 from eva02_kernels.ops._common import contiguous, empty_like_needed, empty_stats, present, rows_2d
 from eva02_kernels.ops.apply_rope import native as rope_native
 from eva02_kernels.rope import NUM_ROPE_ARGS, per_unit_table
@@ -30,14 +31,14 @@ def _rope_kernel_args(args: tuple[Any, ...], seq_len: int) -> tuple[Any, ...]:
     return (*contiguous(cos, sin), *rest, None, seq_len, *args[-2:])
 
 
-def fwd(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def fwd(lib: Library, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     seq_len, heads, kv_heads, head_dim = _geometry(x, args)
     pre_eps, has_pre_norm = args[NUM_PARAMETERS : NUM_PARAMETERS + 2]
     x2 = rows_2d(x)
     rows = x2.shape[0]
-    qkv = torch.empty(*x.shape[:-1], heads + 2 * kv_heads, head_dim, dtype=x.dtype)
+    qkv = torch.empty(*x.shape[:-1], heads + 2 * kv_heads, head_dim, dtype=x.dtype, device=x.device)
     mean, rstd = (empty_stats(x, rows if has_pre_norm else 0) for _ in range(2))
-    torch.ops.eva02_kernels_C.qkv_rope_fwd_cpu.default(
+    lib.qkv_rope_fwd(
         x2,
         *_weights(args),
         pre_eps,
@@ -49,7 +50,9 @@ def fwd(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return qkv, mean, rstd
 
 
-def bwd(dqkv: Tensor, mean: Tensor, rstd: Tensor, qkv: Tensor | None, x: Tensor, *args: Any) -> list[Tensor]:
+def bwd(
+    lib: Library, dqkv: Tensor, mean: Tensor, rstd: Tensor, qkv: Tensor | None, x: Tensor, *args: Any
+) -> list[Tensor]:
     *args, needs = args  # type: ignore[assignment]
     seq_len, heads, kv_heads, _ = _geometry(x, tuple(args))
     has_pre_norm = args[NUM_PARAMETERS + 1]
@@ -59,7 +62,7 @@ def bwd(dqkv: Tensor, mean: Tensor, rstd: Tensor, qkv: Tensor | None, x: Tensor,
     dx, *parameters = grads
     kernel_args = _rope_kernel_args(tuple(args), seq_len)
     weights = _weights(tuple(args))  # biases have no part in backward
-    torch.ops.eva02_kernels_C.qkv_rope_bwd_cpu.default(
+    lib.qkv_rope_bwd(
         dqkv.view(x2.shape[0], -1) if dqkv.numel() else dqkv.new_empty(x2.shape[0], dqkv.shape[-2] * dqkv.shape[-1]),
         x2,
         *weights[:3],
@@ -77,8 +80,8 @@ def bwd(dqkv: Tensor, mean: Tensor, rstd: Tensor, qkv: Tensor | None, x: Tensor,
         rope = tuple(args[NUM_PARAMETERS + 2 : NUM_PARAMETERS + 2 + NUM_ROPE_ARGS])
         totals: list[Tensor] = []
         for part in (slice(0, heads), slice(heads, heads + kv_heads)):  # q and k meet a per-head table separately
-            unrotated = rope_native.rotate(qkv[:, :, part], rope, inverse=True)
-            found = rope_native.table_gradients(dqkv[:, :, part], unrotated, rope)
+            unrotated = rope_native.rotate(lib, qkv[:, :, part], rope, inverse=True)
+            found = rope_native.table_gradients(lib, dqkv[:, :, part], unrotated, rope)
             totals = [t.add_(g) for t, g in zip(totals, found, strict=True)] if totals else list(found)
         # Un-rotating what was rotated gives cos^2 + sin^2 times the projection.
         dcos, dsin = per_unit_table(totals, *rope[:2])

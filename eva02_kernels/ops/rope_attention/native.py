@@ -1,4 +1,4 @@
-"""CPU kernels of ``csrc/rope_attention``."""
+"""Compiled kernels of ``csrc/rope_attention``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eva02_kernels._native import Library
 from eva02_kernels.ops._common import dense_like, last_dense
 from eva02_kernels.ops.rope_attention.reference import split_packed
 from eva02_kernels.rope import NUM_ROPE_ARGS
@@ -26,21 +27,20 @@ def _kernel_args(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (*table, *rest, mask, cu_seqlens, causal, scale, q_norm, k_norm, norm_eps)
 
 
-def fwd(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+def fwd(lib: Library, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     out = dense_like(q)
     *batch, tokens, heads, _ = q.shape
-    lse = torch.empty(*batch, heads, tokens, dtype=torch.float32)
-    torch.ops.eva02_kernels_C.rope_attention_fwd_cpu.default(
-        last_dense(q), last_dense(k), last_dense(v), *_kernel_args(args), out, lse
-    )
+    lse = torch.empty(*batch, heads, tokens, dtype=torch.float32, device=q.device)
+    lib.rope_attention_fwd(last_dense(q), last_dense(k), last_dense(v), *_kernel_args(args), out, lse)
     return out, lse
 
 
-def fwd_packed(qkv: Tensor, num_kv_heads: int, *args: Any) -> tuple[Tensor, Tensor]:
-    return fwd(*split_packed(qkv, num_kv_heads), *args)
+def fwd_packed(lib: Library, qkv: Tensor, num_kv_heads: int, *args: Any) -> tuple[Tensor, Tensor]:
+    return fwd(lib, *split_packed(qkv, num_kv_heads), *args)
 
 
 def _gradients(
+    lib: Library,
     dout: Tensor,
     out: Tensor,
     lse: Tensor,
@@ -56,7 +56,7 @@ def _gradients(
     # The kernel gives both table gradients in one go.
     table = [dense_like(t) if needs_cos or needs_sin else None for t in (cos, sin)]
     norms = [dense_like(t) if need else None for t, need in ((q_norm, needs_q_norm), (k_norm, needs_k_norm))]
-    torch.ops.eva02_kernels_C.rope_attention_bwd_cpu.default(
+    lib.rope_attention_bwd(
         last_dense(dout),
         *(last_dense(t) for t in qkv),
         out,
@@ -69,18 +69,22 @@ def _gradients(
     return [t for t, need in zip((*table, *norms), needs, strict=True) if need and t is not None]
 
 
-def bwd(dout: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> list[Tensor]:
+def bwd(
+    lib: Library, dout: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any
+) -> list[Tensor]:
     *args, needs = args  # type: ignore[assignment]
     dqkv = [dense_like(t) if need else None for t, need in zip((q, k, v), needs, strict=False)]
-    others = _gradients(dout, out, lse, (q, k, v), tuple(args), dqkv, needs[3:])
+    others = _gradients(lib, dout, out, lse, (q, k, v), tuple(args), dqkv, needs[3:])
     return [t for t in dqkv if t is not None] + others
 
 
-def bwd_packed(dout: Tensor, out: Tensor, lse: Tensor, qkv: Tensor, num_kv_heads: int, *args: Any) -> list[Tensor]:
+def bwd_packed(
+    lib: Library, dout: Tensor, out: Tensor, lse: Tensor, qkv: Tensor, num_kv_heads: int, *args: Any
+) -> list[Tensor]:
     *args, needs = args  # type: ignore[assignment]
     dqkv = dense_like(qkv) if needs[0] else None
     parts = (None, None, None) if dqkv is None else split_packed(dqkv, num_kv_heads)
-    others = _gradients(dout, out, lse, split_packed(qkv, num_kv_heads), tuple(args), parts, needs[1:])
+    others = _gradients(lib, dout, out, lse, split_packed(qkv, num_kv_heads), tuple(args), parts, needs[1:])
     return ([] if dqkv is None else [dqkv]) + others
 
 

@@ -1,26 +1,27 @@
-"""CPU kernels of ``csrc/subln_swiglu``."""
+"""Compiled kernels of ``csrc/subln_swiglu``."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
+from eva02_kernels._native import Library
 from eva02_kernels.ops._common import dense_like, empty_stats, rows_2d
 
 
-def fwd(gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def fwd(
+    lib: Library, gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     g, u = rows_2d(gate), rows_2d(up)
     out = dense_like(gate)
     mean, rstd = empty_stats(gate, g.shape[0]), empty_stats(gate, g.shape[0])
-    torch.ops.eva02_kernels_C.subln_swiglu_fwd_cpu.default(
-        g, u, weight.contiguous(), bias.contiguous(), eps, out.view(g.shape), mean, rstd
-    )
+    lib.subln_swiglu_fwd(g, u, weight.contiguous(), bias.contiguous(), eps, out.view(g.shape), mean, rstd)
     return out, mean, rstd
 
 
 def bwd(
+    lib: Library,
     dout: Tensor,
     gate: Tensor,
     up: Tensor,
@@ -34,7 +35,7 @@ def bwd(
     grads = [dense_like(t) if need else None for t, need in zip((gate, up, weight, bias), needs, strict=True)]
     dgate, dup, dweight, dbias = grads
     g, u = rows_2d(gate), rows_2d(up)
-    torch.ops.eva02_kernels_C.subln_swiglu_bwd_cpu.default(
+    lib.subln_swiglu_bwd(
         rows_2d(dout),
         g,
         u,

@@ -1,13 +1,13 @@
-"""CPU kernels of ``csrc/swiglu_mlp``."""
+"""Compiled kernels of ``csrc/swiglu_mlp``."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from eva02_kernels._native import Library
 from eva02_kernels.ops._common import (
     contiguous,
     empty_like_needed,
@@ -70,19 +70,27 @@ def _kernel_args(args: tuple[Any, ...]) -> tuple[Any, ...]:
     )
 
 
-def fwd(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def fwd(lib: Library, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     layer_scale, row_scale, add_x = args[13:16]
     outputs = empty_outputs(x, args)
     out, *kept = outputs
     if out.numel():
-        torch.ops.eva02_kernels_C.swiglu_mlp_fwd_cpu.default(
+        lib.swiglu_mlp_fwd(
             rows_2d(x), *_kernel_args(args), *contiguous(layer_scale, row_scale), add_x, view_2d(out), *nonempty(*kept)
         )
     return outputs
 
 
 def bwd(
-    dout: Tensor, gate_up: Tensor, mean: Tensor, rstd: Tensor, pre_mean: Tensor, pre_rstd: Tensor, x: Tensor, *args: Any
+    lib: Library,
+    dout: Tensor,
+    gate_up: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    pre_mean: Tensor,
+    pre_rstd: Tensor,
+    x: Tensor,
+    *args: Any,
 ) -> list[Tensor]:
     *args, needs = args  # type: ignore[assignment]
     layer_scale, row_scale, add_x = args[13:16]
@@ -91,7 +99,7 @@ def bwd(
     *weights, _, pre_weight, pre_bias, _ = _kernel_args(tuple(args))  # backward needs no eps: it has rstd
     kernel_args = (*weights, pre_weight, pre_bias)
     if dout.numel():
-        torch.ops.eva02_kernels_C.swiglu_mlp_bwd_cpu.default(
+        lib.swiglu_mlp_bwd(
             rows_2d(dout),
             rows_2d(x),
             *kernel_args,
