@@ -6,6 +6,8 @@
 
 namespace eva02 {
 
+constexpr bool kHostValues = true;
+
 inline Runtime target_of(const Tensor&) {
   return Runtime{static_cast<int>(torch::stable::get_num_threads()),
                  [](int64_t begin, int64_t end, int64_t grain, void (*fn)(int64_t, int64_t, void*), void* ctx) {

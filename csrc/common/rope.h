@@ -11,42 +11,6 @@
 
 namespace eva02::EVA02_ISA {
 
-// The patch a token is, or -1 for a token that is not rotated. t counts within sequence b.
-EVA02_INLINE int64_t rope_patch(const RopeTable& rope, int64_t b, int64_t t) {
-  if (rope.form == RopeForm::none || t < rope.num_prefix) return -1;
-  const int64_t i = t - rope.num_prefix;
-  if (!rope.keep_idx) return i;
-  const int64_t at = b * rope.num_kept + i;
-  return rope.index_64 ? static_cast<const int64_t*>(rope.keep_idx)[at]
-                       : static_cast<const int32_t*>(rope.keep_idx)[at];
-}
-
-// Two runs of D/4 values: the angles of the first and of the second half of the pairs.
-struct RopeAngles {
-  const float *cos[2], *sin[2];
-};
-
-// False: token t of sequence b is not rotated. Head h matters to per-head tables only.
-EVA02_INLINE bool rope_angles(const RopeTable& rope, int64_t b, int64_t t, int64_t h, RopeAngles& angles) {
-  const int64_t patch = rope_patch(rope, b, t);
-  if (patch < 0) return false;
-  const int64_t quarter = rope.head_dim / 4;
-  int64_t first, second;
-  if (rope.form == RopeForm::axis) {
-    const int64_t w = rope.grids ? rope.grids[2 * b + 1] : rope.w;
-    const int64_t row = patch / w, col = rope.h + patch % w;
-    const int64_t base = b * rope.table_stride;
-    first = base + (rope.swap ? col : row) * quarter;
-    second = base + (rope.swap ? row : col) * quarter;
-  } else {
-    const int64_t table = rope.form == RopeForm::dense_head ? h : rope.form == RopeForm::dense_batch ? b : 0;
-    first = table * rope.table_stride + patch * 2 * quarter;
-    second = first + quarter;
-  }
-  angles = {{rope.cos + first, rope.cos + second}, {rope.sin + first, rope.sin + second}};
-  return true;
-}
-
 // Do two different sequences, or heads, share the angles of equal token positions?
 EVA02_INLINE bool rope_same_for_all_sequences(const RopeTable& rope) {
   return !rope.keep_idx && !rope.grids && rope.form != RopeForm::dense_batch &&

@@ -25,6 +25,7 @@ inline const int32_t* checked_cu_seqlens(const Tensor& cu_seqlens, int64_t token
                       cu_seqlens.size(0) >= 1 && cu_seqlens.is_contiguous(),
                   "cu_seqlens: expected a contiguous int32 tensor (sequences + 1,)");
   const int32_t* cu = static_cast<const int32_t*>(cu_seqlens.data_ptr());
+  if (!kHostValues) return cu;
   const int64_t n = cu_seqlens.size(0) - 1;
   STD_TORCH_CHECK(cu[0] == 0 && cu[n] == tokens, "cu_seqlens: expected to run from 0 to the number of tokens, ", tokens,
                   ", found ", cu[0], " to ", cu[n]);
@@ -93,7 +94,7 @@ inline RopeTable checked_rope_table(const OptTensor& cos, const OptTensor& sin, 
                           grids->size(0) == tokens.sequences && grids->size(1) == 2,
                       "rope_grids: expected a contiguous int32 tensor (", tokens.sequences, ", 2)");
       rope.grids = ptr_as<const int32_t>(grids);
-      for (int64_t i = 0; i < tokens.sequences; ++i) {
+      for (int64_t i = 0; kHostValues && i < tokens.sequences; ++i) {
         const int32_t h = rope.grids[2 * i], w = rope.grids[2 * i + 1];
         STD_TORCH_CHECK(h >= 0 && w >= 0 && h <= rope.h && w <= rope.w, "rope_grids: expected grids within ", rope.h,
                         "x", rope.w, ", found ", h, "x", w, " for sequence ", i);
@@ -115,7 +116,7 @@ inline RopeTable checked_rope_table(const OptTensor& cos, const OptTensor& sin, 
     rope.num_kept = keep_idx->size(1);
     STD_TORCH_CHECK(tokens.seqlen == num_prefix + rope.num_kept, "keep_idx: expected ", tokens.seqlen - num_prefix,
                     " indices a sample (tokens less prefix tokens), found ", rope.num_kept);
-    for (int64_t b = 0; b < tokens.sequences; ++b) {
+    for (int64_t b = 0; kHostValues && b < tokens.sequences; ++b) {
       const int64_t limit = patches(b);
       for (int64_t i = b * rope.num_kept; i < (b + 1) * rope.num_kept; ++i) {
         const int64_t patch = rope.index_64 ? static_cast<const int64_t*>(rope.keep_idx)[i]
@@ -123,7 +124,7 @@ inline RopeTable checked_rope_table(const OptTensor& cos, const OptTensor& sin, 
         STD_TORCH_CHECK(patch >= 0 && patch < limit, "keep_idx: expected values in [0, ", limit, "), found ", patch);
       }
     }
-  } else {
+  } else if (kHostValues || (tokens.cu == nullptr && rope.grids == nullptr)) {
     for (int64_t i = 0; i < (tokens.cu || rope.grids ? tokens.sequences : int64_t{1}); ++i)
       STD_TORCH_CHECK(tokens.length(i) - num_prefix <= patches(i), "rope: sequence ", i, " has ",
                       tokens.length(i) - num_prefix, " tokens after the prefix, the table has ", patches(i),

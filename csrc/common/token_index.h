@@ -1,13 +1,7 @@
 // Which tokens an operator picks, as the launchers see them.
 #pragma once
 
-#include <cstdint>
-
-#if defined(__CUDACC__)
-#define EVA02_HOST_DEVICE __host__ __device__
-#else
-#define EVA02_HOST_DEVICE
-#endif
+#include "common/dtype.h"
 
 namespace eva02 {
 
@@ -21,7 +15,7 @@ struct TokenIndex {
   int64_t limit = 0;  // an entry outside [0, limit) is padding
 
   // The row of the flattened (sequences * seqlen) tokens that entry m names, -1 for padding.
-  EVA02_HOST_DEVICE int64_t operator[](int64_t m) const {
+  EVA02_KERNEL_INLINE int64_t operator[](int64_t m) const {
     if (data == nullptr) return m;
     const int64_t entry = wide ? static_cast<const int64_t*>(data)[m] : static_cast<const int32_t*>(data)[m];
     if (entry < 0 || entry >= limit) return -1;

@@ -74,7 +74,8 @@ T* ptr_as(const OptTensor& t) {
 }  // namespace eva02
 
 // target_of(tensor): what the launchers of this build need beside their parameters. EVA02_TARGET ends the names of its
-// operators, EVA02_KEY is the dispatch key they are registered for.
+// operators, EVA02_KEY is the dispatch key they are registered for; kHostValues tells whether the host may look at the
+// values of index tensors.
 #if defined(EVA02_CUDA)
 #include "common/cuda_adapter.h"
 #else
