@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import json
 from collections.abc import Callable
@@ -15,7 +16,7 @@ LIBRARY_DIR = Path(__file__).parent / "lib"
 ISA_NAMES = ("baseline", "avx2", "avx512")
 """Instruction sets of the CPU library by number; on other CPUs than x86-64 only the first exists."""
 
-CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def build_info() -> dict[str, Any]:
@@ -49,14 +50,25 @@ class Library:
 
     def __init__(self, target: str) -> None:
         self.target = target
+        self._around: Callable[[Any], Any] | None = None
 
     def __getattr__(self, name: str) -> Callable[..., None]:
-        operator = getattr(torch.ops.eva02_kernels_C, f"{name}_{self.target}").default
-        setattr(self, name, operator)
-        return operator
+        call = getattr(torch.ops.eva02_kernels_C, f"{name}_{self.target}").default
+        if self._around is not None:
+            return self._around(call)
+        setattr(self, name, call)  # found without this function from now on
+        return call
+
+    def around(self, wrap: Callable[[Any], Any] | None) -> None:
+        """From now on, call what ``wrap`` makes of an operator in its place; None: the operator itself."""
+        self.__dict__ = {"target": self.target, "_around": wrap}
 
     def inverse_token_index(self, idx: Tensor, batch: int, seq_len: int) -> tuple[Tensor, Tensor]:
         """As ``ops._token_index`` defines it; on the CPU without a sort, and values are checked."""
+        if self.target == "cuda":
+            from eva02_kernels.ops._token_index import inverse_token_index
+
+            return inverse_token_index(idx, batch, seq_len)
         idx = idx.contiguous()
         entries = torch.empty(idx.numel(), dtype=torch.int32)
         offsets = torch.empty(batch * seq_len + 1, dtype=torch.int32)
@@ -65,6 +77,7 @@ class Library:
 
 
 CPU = Library("cpu")
+CUDA = Library("cuda")
 
 
 @functools.cache
@@ -78,9 +91,13 @@ def cpu_unsupported(args: tuple[Any, ...]) -> tuple[str, ...]:
     main = args[0]
     if main.device.type != "cpu":
         return (f"needs CPU tensors, got {main.device}",)
-    if main.dtype not in CPU_DTYPES:
-        return (f"needs float32, bfloat16 or float16, got {str(main.dtype).removeprefix('torch.')}",)
-    return cpu_reasons()
+    return _dtype_reasons(main) or cpu_reasons()
+
+
+def _dtype_reasons(main: Tensor) -> tuple[str, ...]:
+    if main.dtype in DTYPES:
+        return ()
+    return (f"needs float32, bfloat16 or float16, got {str(main.dtype).removeprefix('torch.')}",)
 
 
 def cpu_isa() -> str:
@@ -93,3 +110,64 @@ def set_cpu_isa(name: str) -> None:
     if name not in ISA_NAMES:
         raise ValueError(f"name: expected one of {', '.join(ISA_NAMES)}; got {name!r}")
     torch.ops.eva02_kernels_C.cpu_isa_set(ISA_NAMES.index(name))
+
+
+# ---- CUDA ------------------------------------------------------------------------------------------------------------
+MIN_CAPABILITY = 80
+# Set by testing.executing("simulator"): CPU tensors reach the CUDA operators, built for the simulator.
+simulated = False
+
+
+@functools.cache
+def driver_version() -> int:
+    """CUDA version that the installed NVIDIA driver supports, 1000 * major + 10 * minor; 0 where there is no driver."""
+    version = ctypes.c_int(0)
+    try:
+        status = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except OSError:
+        return 0
+    return version.value if status == 0 else 0
+
+
+@functools.cache
+def cuda_library() -> tuple[Path | None, str | None]:
+    """(path, None) once the CUDA library is loaded, else (None, the reason)."""
+    path = LIBRARY_DIR / "libeva02_kernels_cuda.so"
+    build = build_info()
+    if not path.exists():
+        missing = build.get("missing") or build.get("missing_cuda", "built without an nvcc")
+        return None, f"no compiled CUDA library ({missing})"
+    if torch.version.cuda is None:
+        return None, f"needs a CUDA build of torch, this is {torch.__version__}"
+    needed, found = int(str(build.get("nvcc", "0")).split(".")[0]), driver_version()
+    if found < 1000 * needed:
+        has = f"this one supports CUDA {found // 1000}.{found % 1000 // 10}" if found else "there is none"
+        return None, f"needs an NVIDIA driver for CUDA {needed} or newer, {has}"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return None, f"the compiled CUDA library does not load: {error}"
+    return path, None
+
+
+@functools.cache
+def _capability_reasons(index: int) -> tuple[str, ...]:
+    major, minor = torch.cuda.get_device_capability(index)
+    if 10 * major + minor >= MIN_CAPABILITY:
+        return ()
+    return (f"needs compute capability {MIN_CAPABILITY / 10}, this device has {major}.{minor}",)
+
+
+def cuda_unsupported(args: tuple[Any, ...]) -> tuple[str, ...]:
+    """Reasons common to every CUDA kernel; the operator's main tensor is the first argument."""
+    main = args[0]
+    if simulated:
+        return (
+            _dtype_reasons(main) if main.device.type == "cpu" else (f"is simulated on CPU tensors, got {main.device}",)
+        )
+    if main.device.type != "cuda":
+        return (f"needs GPU tensors, got {main.device}",)
+    reason = cuda_library()[1]
+    if reason is not None:
+        return (reason,)
+    return _dtype_reasons(main) or _capability_reasons(main.device.index)

@@ -7,14 +7,17 @@ import torch
 
 from eva02_kernels import _native
 from eva02_kernels.testing import executing, gpusim
+from eva02_kernels.testing.modes import CUDA_SIMULATED
 
 
 def pytest_addoption(parser):
-    parser.addoption("--backend", default="cpu", choices=["cpu", "triton"], help="whom the contract suite tests")
+    parser.addoption(
+        "--backend", default="cpu", choices=["cpu", "triton", "cuda"], help="whom the contract suite tests"
+    )
     parser.addoption(
         "--device",
         default="cpu",
-        help="where its tensors are; triton on cpu: interpreted with TRITON_INTERPRET=1, else simulated",
+        help="where its tensors are; triton and cuda on cpu: simulated, triton interpreted with TRITON_INTERPRET=1",
     )
     parser.addoption("--numerics", default="exact", choices=["exact", "perturb"], help="of the simulator")
     parser.addoption("--seed", type=int, default=0, help="of the simulator's orders and perturbations")
@@ -30,13 +33,15 @@ def backend(request, device):
     name = request.config.getoption("--backend")
     if name == "cpu" and _native.cpu_reasons():
         pytest.skip("; ".join(_native.cpu_reasons()))
-    if name != "triton" or device != "cpu":
+    if name == "cpu" or device != "cpu":
         yield name
         return
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if os.environ.get("TRITON_INTERPRET") == "1" and name == "triton":
         with executing("interpreter"):
             yield name
         return
+    if name == "cuda" and not CUDA_SIMULATED.exists():
+        pytest.fail(f"{CUDA_SIMULATED} is missing: run `make cuda-simulator`")
     numerics, seed = request.config.getoption("--numerics"), request.config.getoption("--seed")
     with executing("simulator"), gpusim.options(numerics=numerics, seed=seed):
         yield name

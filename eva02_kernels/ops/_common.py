@@ -15,6 +15,7 @@ from eva02_kernels._launch import MAX_ROW_WIDTH
 from eva02_kernels._library import eager_gradients, run
 from eva02_kernels._registry import Backend, OpSpec, check_backend_name
 
+MAX_CUDA_ROW_WIDTH = 4096  # csrc/common/rows.cuh
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -167,6 +168,29 @@ def cpu_backend(
     return Backend(
         "cpu", functools.partial(fwd, _native.CPU), functools.partial(bwd, _native.CPU), reasons, error_multiple
     )
+
+
+def cuda_backend(
+    fwd: Callable[..., Any],
+    bwd: Callable[..., Any],
+    unsupported: Callable[[str, tuple[Any, ...]], Sequence[str]] = _never,
+    *,
+    error_multiple: float = 1.0,
+) -> Backend:
+    """The compiled CUDA kernels as a backend, through the adapters of :func:`cpu_backend`."""
+
+    def reasons(direction: str, args: tuple[Any, ...]) -> Sequence[str]:
+        return _native.cuda_unsupported(args) or unsupported(direction, args)
+
+    return Backend(
+        "cuda", functools.partial(fwd, _native.CUDA), functools.partial(bwd, _native.CUDA), reasons, error_multiple
+    )
+
+
+def cuda_rows(direction: str, args: tuple[Any, ...]) -> Sequence[str]:
+    """A CUDA kernel's reason: a CTA holds a row of the operator's main tensor in registers."""
+    width = args[0].shape[-1]
+    return (f"needs at most {MAX_CUDA_ROW_WIDTH} columns, got {width}",) if width > MAX_CUDA_ROW_WIDTH else ()
 
 
 def triton_backend(

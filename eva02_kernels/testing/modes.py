@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -92,28 +94,69 @@ class _Bounds:
         return checked
 
 
+CUDA_SIMULATED = Path(__file__).parent / "gpusim" / "libeva02_kernels_cuda.so"
+
+
+@functools.cache
+def _cuda_runtime() -> Any:
+    """The CUDA operators built for the simulator, loaded for torch and for their reports."""
+    from eva02_kernels.testing import gpusim
+
+    if not CUDA_SIMULATED.exists():
+        raise RuntimeError(
+            f"{CUDA_SIMULATED.name} is missing: run `make cuda-simulator` in a source tree, with an nvcc"
+        )
+    torch.ops.load_library(str(CUDA_SIMULATED))
+    return gpusim.Runtime(CUDA_SIMULATED)
+
+
+def _simulated_call(operator: Any, on_report: Callable[[Any], None]) -> Callable[..., None]:
+    """``operator`` of the CUDA library, whose schema says which tensors its kernels read and which they fill."""
+    arguments = operator._schema.arguments
+
+    def call(*args: Any) -> None:
+        tensors = {a.name: t for a, t in zip(arguments, args, strict=True) if isinstance(t, torch.Tensor) and t.numel()}
+        outputs = {a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write}
+        with _cuda_runtime().launches(
+            {name: t for name, t in tensors.items() if name not in outputs},
+            outputs={name: t for name, t in tensors.items() if name in outputs},
+        ) as reports:
+            operator(*args)
+        for report in reports:
+            on_report(report)
+
+    return call
+
+
 @contextlib.contextmanager
 def _simulator(on_report: Callable[[Any], None]) -> Iterator[None]:
     from eva02_kernels.testing import gpusim
 
-    before = _triton.executing, _triton.target_arch
+    library = _native.CUDA
+    before = _triton.executing, _triton.target_arch, _native.simulated, library._around
     with gpusim.driver(80, on_report=on_report):
         _triton.executing, _triton.target_arch = "simulator", 80
+        _native.simulated = CUDA_SIMULATED.exists()
+        if _native.simulated:
+            _cuda_runtime()
+            library.around(lambda operator: _simulated_call(operator, on_report))
         try:
             yield
         finally:
-            _triton.executing, _triton.target_arch = before
+            _triton.executing, _triton.target_arch, _native.simulated, around = before
+            library.around(around)
 
 
 @contextlib.contextmanager
 def executing(mode: str, *, on_report: Callable[[Any], None] = lambda report: None) -> Iterator[None]:
-    """Inside, the Triton backend takes CPU tensors and runs its kernels on the CPU.
+    """Inside, the Triton backend (simulated the CUDA backend too) takes CPU tensors and runs its kernels on the CPU.
 
     Args:
         mode: ``"interpreter"``: Triton's interpreter executes the kernels' source, and a load or store outside the
             memory of a kernel's tensors raises. Kernels are decorated once, so the process must have been started with
             ``TRITON_INTERPRET=1``. ``"simulator"``: :mod:`eva02_kernels.testing.gpusim` executes the compiled kernels'
-            PTX for compute capability 8.0, with all its checks; errors are its exceptions.
+            PTX for compute capability 8.0, with all its checks; errors are its exceptions. The CUDA backend takes part
+            where its library for the simulator was built (``make cuda-simulator``).
         on_report: called with the simulator's report of each launch.
     """
     if mode == "simulator":

@@ -14,6 +14,8 @@ from eva02_kernels.ops._common import (
     check_like,
     check_parameter,
     cpu_backend,
+    cuda_backend,
+    cuda_rows,
     eager_backend,
     empty_stats,
     layer_norm_ref,
@@ -247,6 +249,7 @@ SPEC = define(
         setup_context=_setup_context,
         backward=_backward,
         backends=(
+            cuda_backend(native.fwd, native.bwd, cuda_rows),
             triton_backend("add_layer_norm", whole_rows_only),
             cpu_backend(native.fwd, native.bwd),
             eager_backend(_eager_fwd, _eager_bwd),

@@ -12,6 +12,7 @@ from eva02_kernels.ops._common import (
     check,
     check_activation,
     cpu_backend,
+    cuda_backend,
     eager_backend,
     triton_backend,
 )
@@ -106,6 +107,7 @@ SPEC = define(
         setup_context=_setup_context,
         backward=_backward,
         backends=(
+            cuda_backend(native.fwd, native.bwd),
             triton_backend("apply_rope"),
             cpu_backend(native.fwd, native.bwd),
             eager_backend(_eager_fwd, _eager_bwd),

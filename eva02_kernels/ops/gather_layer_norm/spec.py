@@ -13,6 +13,8 @@ from eva02_kernels.ops._common import (
     check_activation,
     check_parameter,
     cpu_backend,
+    cuda_backend,
+    cuda_rows,
     eager_backend,
     empty_stats,
     layer_norm_ref,
@@ -118,6 +120,7 @@ SPEC = define(
         setup_context=_setup_context,
         backward=_backward,
         backends=(
+            cuda_backend(native.fwd, native.bwd, cuda_rows),
             triton_backend("gather_layer_norm", whole_rows_only),
             cpu_backend(native.fwd, native.bwd),
             eager_backend(

@@ -13,6 +13,7 @@ from eva02_kernels.ops._common import (
     check_activation,
     check_index,
     cpu_backend,
+    cuda_backend,
     eager_backend,
     triton_backend,
 )
@@ -103,6 +104,7 @@ SPEC = define(
         setup_context=_setup_context,
         backward=_backward,
         backends=(
+            cuda_backend(native.gather, native.gather_bwd),
             triton_backend("gather_tokens"),
             cpu_backend(native.gather, native.gather_bwd),
             eager_backend(

@@ -13,6 +13,7 @@ from eva02_kernels.ops._common import (
     check_activation,
     check_parameter,
     cpu_backend,
+    cuda_backend,
     eager_backend,
     triton_backend,
 )
@@ -162,6 +163,7 @@ SPEC = define(
         setup_context=_setup_context,
         backward=_backward,
         backends=(
+            cuda_backend(native.fwd, native.bwd),
             triton_backend("mask_tokens"),
             cpu_backend(native.fwd, native.bwd),
             eager_backend(_eager_fwd, _eager_bwd),

@@ -14,6 +14,7 @@ from eva02_kernels.ops._common import (
     check_index,
     check_like,
     cpu_backend,
+    cuda_backend,
     eager_backend,
     reference_backward,
     triton_backend,
@@ -131,6 +132,7 @@ SPEC = define(
         setup_context=_setup_context,
         backward=_backward,
         backends=(
+            cuda_backend(native.fwd, native.bwd, native.cuda_unsupported),
             triton_backend("masked_cosine_loss", native.unsupported),
             cpu_backend(native.fwd, native.bwd, native.unsupported),
             eager_backend(

@@ -7,7 +7,15 @@ from torch import Tensor
 
 from eva02_kernels._library import define, run, scatter_grads
 from eva02_kernels._registry import OpSpec, Sample
-from eva02_kernels.ops._common import autocast, check, check_activation, cpu_backend, eager_backend, triton_backend
+from eva02_kernels.ops._common import (
+    autocast,
+    check,
+    check_activation,
+    cpu_backend,
+    cuda_backend,
+    eager_backend,
+    triton_backend,
+)
 from eva02_kernels.ops.gather_tokens import native
 from eva02_kernels.ops.gather_tokens.reference import gather_tokens_ref, scatter_tokens_ref
 from eva02_kernels.ops.gather_tokens.spec import check_token_index, token_indices
@@ -69,6 +77,7 @@ SPEC = define(
         setup_context=_setup_context,
         backward=_backward,
         backends=(
+            cuda_backend(native.scatter, native.scatter_bwd),
             triton_backend("scatter_tokens"),
             cpu_backend(native.scatter, native.scatter_bwd),
             eager_backend(

@@ -13,6 +13,8 @@ from eva02_kernels.ops._common import (
     check_like,
     check_parameter,
     cpu_backend,
+    cuda_backend,
+    cuda_rows,
     eager_backend,
     empty_stats,
     norm_magnitude,
@@ -120,6 +122,7 @@ SPEC = define(
         setup_context=_setup_context,
         backward=_backward,
         backends=(
+            cuda_backend(native.fwd, native.bwd, cuda_rows),
             triton_backend("subln_swiglu", whole_rows_only),
             cpu_backend(native.fwd, native.bwd),
             eager_backend(

@@ -13,6 +13,7 @@ from eva02_kernels.ops._common import (
     check_activation,
     check_like,
     cpu_backend,
+    cuda_backend,
     eager_backend,
     reference_backward,
     triton_backend,
@@ -88,6 +89,7 @@ SPEC = define(
         setup_context=_setup_context,
         backward=_backward,
         backends=(
+            cuda_backend(native.fwd, native.bwd),
             triton_backend("swiglu"),
             cpu_backend(native.fwd, native.bwd),
             eager_backend(
