@@ -1,10 +1,12 @@
 // add_layer_norm: sum = residual + row_scale * layer_scale * x; normed = LayerNorm(sum) * w + b, or RMSNorm
-// Fused     drop path, layer scale, residual add, norm (eager: 4 kernels, 11n elements moved); backward in one pass, with
+// Fused     drop path, layer scale, residual add, norm (eager: 4 kernels, 11n elements moved); backward in one pass,
+// with
 //           the norm's parameter gradients and the layer scale's as partial sums of CTAs, which a second kernel adds
 // Bytes     forward moves 4n elements; backward 4n, plus n for dx where it differs from dresidual and n to read x for
 //           the layer scale: the minimum of both; partial sums at most 1/8 of n floats
-// Launch    a CTA takes rows in turn, 8 columns a thread; forward as many CTAs as fill the device, backward 16 rows each
-// Numerics  float32 inside; sum is rounded to the dtype before its statistics, so that normed is a function of the sum
+// Launch    a CTA takes rows in turn, 8 columns a thread; forward as many CTAs as fill the device, backward 16 rows
+// each Numerics  float32 inside; sum is rounded to the dtype before its statistics, so that normed is a function of the
+// sum
 //           that is kept; variance from centred values
 // Limits    last dim contiguous; any row stride and C up to 4096; 16-byte accesses where pointers and strides allow
 // Source    original; Ba et al., arXiv:1607.06450; Zhang and Sennrich, arXiv:1910.07467; Touvron et al.,

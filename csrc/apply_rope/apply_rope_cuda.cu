@@ -1,8 +1,10 @@
 // apply_rope: heads of q or k rotated by the angles of their token's patch, or rotated back; prefix tokens are copied
-// Fused     table look-up, rotation, concatenation with the prefix (eager: 13 passes over half-tensors); the gradients of
+// Fused     table look-up, rotation, concatenation with the prefix (eager: 13 passes over half-tensors); the gradients
+// of
 //           dense tables in one pass over x and dout
 // Bytes     forward and backward move 2n elements: the minimum; tables are (h + w) D/4 or P D/2 floats
-// Launch    a thread for 4 rotation pairs of a head; table gradients a CTA for a patch, a thread for a pair, which walks
+// Launch    a thread for 4 rotation pairs of a head; table gradients a CTA for a patch, a thread for a pair, which
+// walks
 //           all samples and heads
 // Numerics  float32 inside, one rounding; table gradients are summed in the order of samples, tokens and heads
 // Limits    last dim contiguous, any other strides; a head dim in multiples of 4; 16-byte accesses where D and strides

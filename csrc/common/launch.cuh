@@ -27,7 +27,8 @@ inline constexpr char kNoMemory[] = "no memory for a workspace";
 
 // Floats for the kernels of this call.
 inline float* workspace(const Device& device, int64_t floats) {
-  return static_cast<float*>(device.allocate(static_cast<size_t>(floats > 0 ? floats : 1) * sizeof(float), device.allocator));
+  return static_cast<float*>(
+      device.allocate(static_cast<size_t>(floats > 0 ? floats : 1) * sizeof(float), device.allocator));
 }
 
 // Multiprocessors of the current device.

@@ -7,8 +7,8 @@
 namespace eva02::cuda {
 namespace {
 
-__global__ void __launch_bounds__(256) column_sums_kernel(const float* partials, int parts, int64_t stride, int C,
-                                                          ParamGrad out) {
+__global__ void __launch_bounds__(256)
+    column_sums_kernel(const float* partials, int parts, int64_t stride, int C, ParamGrad out) {
   __shared__ float share[8][32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, c = blockIdx.x * 32 + lane;
   const int per_warp = ceil_div(parts, 8), begin = warp * per_warp, end = min(parts, begin + per_warp);

@@ -1,5 +1,6 @@
-// What CUDA kernels that hold whole rows in registers share: a CTA takes a row at a time, a thread kItems of its columns
-// in packs of W, pack j of thread t being pack j * blockDim + t of the row, so that a warp's accesses are contiguous.
+// What CUDA kernels that hold whole rows in registers share: a CTA takes a row at a time, a thread kItems of its
+// columns in packs of W, pack j of thread t being pack j * blockDim + t of the row, so that a warp's accesses are
+// contiguous.
 #pragma once
 
 #include "common/launch.cuh"
@@ -52,7 +53,8 @@ __device__ float rounded(float v) {
   return to_float(from_float<T>(v));
 }
 
-// ---- a thread's share of a row -----------------------------------------------------------------------------------------
+// ---- a thread's share of a row
+// -----------------------------------------------------------------------------------------
 template <int W>
 __device__ int first_column(int pack) {
   return (pack * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)) * W;
@@ -99,7 +101,8 @@ __device__ inline void fill_row(float (&v)[kItems], float value) {
   for (int i = 0; i < kItems; ++i) v[i] = value;
 }
 
-// A parameter's columns, `absent` where there is none. Its packs are 16-byte accesses where its own address allows that.
+// A parameter's columns, `absent` where there is none. Its packs are 16-byte accesses where its own address allows
+// that.
 template <int W, class T>
 __device__ void load_row_of_any_alignment(const T* row, int C, float (&v)[kItems]) {
   if (reinterpret_cast<uintptr_t>(row) % alignof(Pack<T, W>) == 0)
@@ -150,7 +153,8 @@ __device__ void sum_of_run(const InverseTokenIndex& inverse, int64_t row, const 
   }
 }
 
-// ---- sums over a row ---------------------------------------------------------------------------------------------------
+// ---- sums over a row
+// ---------------------------------------------------------------------------------------------------
 __device__ inline float warp_sum(float x) {
 #pragma unroll
   for (int lane = 16; lane > 0; lane /= 2) x += __shfl_xor_sync(0xffffffffu, x, lane);
@@ -190,7 +194,8 @@ __device__ inline float sum_of(const float (&v)[kItems]) {
   return sum;
 }
 
-// ---- normalisation -----------------------------------------------------------------------------------------------------
+// ---- normalisation
+// -----------------------------------------------------------------------------------------------------
 struct Statistics {
   float mean, rstd;
 };
@@ -233,7 +238,8 @@ __device__ void store_partial_sums(float* out, int C, const float (&v)[kItems]) 
   }
 }
 
-// ---- launching -----------------------------------------------------------------------------------------------------------
+// ---- launching
+// -----------------------------------------------------------------------------------------------------------
 inline int row_threads(int64_t C) { return static_cast<int>(ceil_div<int64_t>(ceil_div<int64_t>(C, kItems), 32) * 32); }
 
 // CTAs that fill the device with threads, at most one for each row: they take rows in turn.
@@ -272,7 +278,9 @@ struct PieceGrid {
   }
 };
 
-// out[c] = sum over parts of partials[part * stride + c], in the order of the parts (rows.cu). Nothing where out is absent.
-void sum_columns(const ParamGrad& out, const float* partials, int parts, int64_t stride, int64_t C, const Device& device);
+// out[c] = sum over parts of partials[part * stride + c], in the order of the parts (rows.cu). Nothing where out is
+// absent.
+void sum_columns(const ParamGrad& out, const float* partials, int parts, int64_t stride, int64_t C,
+                 const Device& device);
 
 }  // namespace eva02::cuda

@@ -3,9 +3,9 @@
 // Bytes     forward moves 2n elements; backward reads 2n and writes dx once: the minimum of both; partial sums of the
 //           parameters' gradients at most 1/8 of dx in floats
 // Launch    a CTA takes rows in turn, 8 columns a thread: selected rows forward, rows of x backward
-// Numerics  float32 inside, one rounding; a row selected k times sums its k output gradients before the one norm backward
-// Limits    last dim contiguous; any batch and token stride of x; C up to 4096; an index out of range is padding
-// Source    original; Ba et al., arXiv:1607.06450
+// Numerics  float32 inside, one rounding; a row selected k times sums its k output gradients before the one norm
+// backward Limits    last dim contiguous; any batch and token stride of x; C up to 4096; an index out of range is
+// padding Source    original; Ba et al., arXiv:1607.06450
 #include "common/rows.cuh"
 #include "gather_layer_norm/gather_layer_norm.h"
 

@@ -1,7 +1,8 @@
 // mask_tokens: out[b, n] = t + pos_embed[n], t the prefix token n, the mask token, or the patch itself
 // Fused     mask blend, prefix concatenation, position add (eager: 4 kernels, 9n elements moved); backward in one pass,
 //           the mask token's gradient as one partial sum for each position, which a second kernel adds
-// Bytes     forward reads the unmasked patches and writes n elements; backward reads n and writes the patches' gradient;
+// Bytes     forward reads the unmasked patches and writes n elements; backward reads n and writes the patches'
+// gradient;
 //           parameters and their partial sums are 1/batch of n
 // Launch    forward a thread for 8 columns of a token; backward a thread for 8 columns of a position in all samples
 // Numerics  float32 inside, one rounding at the store
@@ -30,9 +31,9 @@ __global__ void __launch_bounds__(kPieceThreads) fwd_kernel(const __grid_constan
   else if (is_masked(p, b, patch))
     load_param<W>(part_of(p.mask_token, piece.first), piece.width, v, 0.f);
   else
-    load_row<W>(static_cast<const T*>(p.patches) + b * p.patches_batch_stride + patch * p.patches_token_stride +
-                    piece.first,
-                piece.width, v);
+    load_row<W>(
+        static_cast<const T*>(p.patches) + b * p.patches_batch_stride + patch * p.patches_token_stride + piece.first,
+        piece.width, v);
   load_param<W>(part_of(p.pos_embed, n * p.C + piece.first), piece.width, pos, 0.f);
 #pragma unroll
   for (int i = 0; i < kItems; ++i) v[i] += pos[i];
@@ -60,9 +61,9 @@ __global__ void __launch_bounds__(kPieceThreads)
       }
     }
     if (patch >= 0 && p.dpatches != nullptr)
-      store_row<W>(static_cast<T*>(p.dpatches) + b * p.dpatches_batch_stride + patch * p.dpatches_token_stride +
-                       piece.first,
-                   piece.width, d);
+      store_row<W>(
+          static_cast<T*>(p.dpatches) + b * p.dpatches_batch_stride + patch * p.dpatches_token_stride + piece.first,
+          piece.width, d);
   }
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {

@@ -1,12 +1,13 @@
 // subln_swiglu: y = LayerNorm(h) * w + b over the last dim, h = silu(g) * u, never rounded
 // Fused     sigmoid, two multiplications, LayerNorm (eager: 3 kernels); backward in one pass, with the weight and bias
 //           gradients as partial sums of CTAs, which a second kernel adds
-// Bytes     forward moves 3n elements, backward 5n: the minimum of both; mean and rstd are 8 bytes a row, partial sums at
+// Bytes     forward moves 3n elements, backward 5n: the minimum of both; mean and rstd are 8 bytes a row, partial sums
+// at
 //           most 1/8 of n floats
-// Launch    a CTA takes rows in turn, 8 columns a thread; forward as many CTAs as fill the device, backward 16 rows each
-// Numerics  float32 inside, one rounding at the store; variance from centred values
-// Limits    last dim contiguous; any row stride and F up to 4096; 16-byte accesses where pointers and strides allow
-// Source    original; formulas: Shazeer, arXiv:2002.05202; EVA-02, arXiv:2303.11331
+// Launch    a CTA takes rows in turn, 8 columns a thread; forward as many CTAs as fill the device, backward 16 rows
+// each Numerics  float32 inside, one rounding at the store; variance from centred values Limits    last dim contiguous;
+// any row stride and F up to 4096; 16-byte accesses where pointers and strides allow Source    original; formulas:
+// Shazeer, arXiv:2002.05202; EVA-02, arXiv:2303.11331
 #include "common/activations.cuh"
 #include "common/rows.cuh"
 #include "subln_swiglu/subln_swiglu.h"
