@@ -2,9 +2,9 @@
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 DIST := dist
-SOURCES := $(filter-out csrc/gpusim/%,$(wildcard csrc/*/*)) csrc/exports.map CMakeLists.txt setup.py
+SOURCES := $(filter-out csrc/gpusim/%,$(wildcard csrc/*/*)) csrc/exports.map csrc/cuda.cmake CMakeLists.txt setup.py
 
-.PHONY: install gpusim test test-full test-sanitizers test-gpu demo lint bench wheel wheel-files
+.PHONY: install gpusim cuda-simulator test test-full test-sanitizers test-gpu demo lint bench wheel wheel-files
 install: $(VENV)/.built
 
 $(PYTHON):
@@ -29,6 +29,16 @@ $(VENV)/.gpusim: $(VENV)/.dependencies $(wildcard csrc/gpusim/*)
 	$(VENV)/bin/ninja -C build/gpusim
 	touch $@
 
+# The CUDA operators built for the simulator: the very sources of the wheel, for tests on machines without a GPU.
+cuda-simulator: $(VENV)/.cuda-simulator
+
+$(VENV)/.cuda-simulator: $(VENV)/.gpusim $(SOURCES)
+	$(VENV)/bin/cmake -S . -B build/cuda-simulator -G Ninja -DEVA02_SIMULATOR=ON \
+	  -DPython3_EXECUTABLE=$(abspath $(PYTHON)) -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV)/bin/ninja) > /dev/null
+	$(VENV)/bin/ninja -C build/cuda-simulator eva02_kernels_cuda
+	cp build/cuda-simulator/libeva02_kernels_cuda.so eva02_kernels/testing/gpusim/
+	touch $@
+
 # $(call part,name,command): runs a part of the tests and notes its minutes, also when it fails.
 TIMES := build/test-minutes.txt
 define part
@@ -41,24 +51,28 @@ endef
 INTERPRETED := env TRITON_INTERPRET=1 $(PYTHON) -m pytest -q --backend triton
 # The same suite on the compiled kernels' PTX: what the dispatcher and Dynamo do with an operator is the same there.
 SIMULATED := $(PYTHON) -m pytest -q --backend triton
+SIMULATED_CUDA := $(PYTHON) -m pytest -q --backend cuda
 SIMULATED_TESTS := tests/test_contract.py -k "is_accurate or statistics or deterministic"
 
-test: install gpusim
+test: install gpusim cuda-simulator
 	@mkdir -p build && rm -f $(TIMES)
 	$(call part,contract,$(PYTHON) -m pytest -q -m "not full and not gpu and not wheel" tests/test_contract.py)
 	$(call part,interpreter,$(INTERPRETED) -m "not full" tests/test_contract.py tests/test_interpreter.py)
 	$(call part,simulator,$(SIMULATED) -m "not full" $(SIMULATED_TESTS))
+	$(call part,cuda,$(SIMULATED_CUDA) -m "not full" $(SIMULATED_TESTS))
 	$(call part,rest,$(PYTHON) -m pytest -q -m "not full and not gpu and not wheel" --ignore=tests/test_contract.py \
 	  --ignore=tests/test_interpreter.py tests)
-	$(call part,wheel,$(PYTHON) -m pytest -q -m "wheel and not full" tests/test_wheel.py)
+	$(call part,wheel,env EVA02_CUDA_ARCHITECTURES=80 $(PYTHON) -m pytest -q -m "wheel and not full" tests/test_wheel.py)
 	@cat $(TIMES)
 
-test-full: install gpusim
+test-full: install gpusim cuda-simulator
 	@mkdir -p build && rm -f $(TIMES)
 	$(call part,tests,$(PYTHON) -m pytest -q -m "not gpu and not wheel" --ignore=tests/test_interpreter.py tests)
 	$(call part,interpreter,$(INTERPRETED) tests/test_contract.py tests/test_interpreter.py)
 	$(call part,simulator,$(SIMULATED) tests/test_contract.py)
+	$(call part,cuda,$(SIMULATED_CUDA) tests/test_contract.py)
 	$(call part,perturbed,$(SIMULATED) --numerics perturb $(SIMULATED_TESTS))
+	$(call part,cuda-perturb,$(SIMULATED_CUDA) --numerics perturb $(SIMULATED_TESTS))
 	$(call part,sanitizers,$(MAKE) test-sanitizers)
 	$(call part,wheel,$(PYTHON) -m pytest -q -m wheel tests/test_wheel.py)
 	@cat $(TIMES)
@@ -78,6 +92,7 @@ test-sanitizers: gpusim
 test-gpu: install
 	@mkdir -p build && rm -f $(TIMES)
 	$(call part,contract,$(PYTHON) -m pytest -q --backend triton --device cuda tests/test_contract.py)
+	$(call part,cuda,$(PYTHON) -m pytest -q --backend cuda --device cuda tests/test_contract.py)
 	$(call part,gpu,$(PYTHON) -m pytest -q -m gpu tests/test_gpu.py)
 	$(PYTHON) -m benchmarks.run --suite ops --device cuda --dtype bfloat16 --json benchmarks/results/ops-gpu.json
 	@cat $(TIMES)
@@ -88,7 +103,7 @@ demo: install
 lint: install
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp')
+	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 	$(PYTHON) -m mypy
 
 bench: install

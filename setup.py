@@ -1,11 +1,13 @@
-"""Builds the compiled CPU library with CMake and ninja, next to the Python packages.
+"""Builds the compiled libraries with CMake and ninja, next to the Python packages.
 
 EVA02_BUILD chooses what is built:
-  auto       (default) the library if this machine can build it, else the pure-Python packages
-  native     the library, or an error
-  manylinux  the library with zig against glibc 2.28, stripped: a wheel tagged py3-none-manylinux_2_28_<arch>
+  auto       (default) the libraries that this machine can build, else the pure-Python packages
+  native     the CPU library, or an error
+  manylinux  the libraries with zig against glibc 2.28, stripped: a wheel tagged py3-none-manylinux_2_28_<arch>
   pure       no library: a py3-none-any wheel
-Why there is no library is recorded in eva02_kernels/lib/build_info.json, which `python -m eva02_kernels.info` prints.
+EVA02_CUDA_ARCHITECTURES chooses the GPUs that the CUDA library has machine code for, such as "80;90"; empty: none, no
+CUDA library. By default those of this machine, and for manylinux all that the project supports. It needs an nvcc.
+Why a library is missing is recorded in eva02_kernels/lib/build_info.json, which `python -m eva02_kernels.info` prints.
 """
 
 from __future__ import annotations
@@ -31,7 +33,10 @@ ROOT = Path(__file__).resolve().parent
 MODE = os.environ.get("EVA02_BUILD", "auto")
 GLIBC = (2, 28)
 LIBRARY = "libeva02_kernels_cpu.so"
+CUDA_LIBRARY = "libeva02_kernels_cuda.so"
+CUDA_ARCHITECTURES = "80;90;100;120"
 INFO = "build_info.json"
+SOURCES = (".h", ".cpp", ".cuh", ".cu", ".cmake", ".map")
 
 if MODE not in ("auto", "native", "manylinux", "pure"):
     raise SystemExit(f"EVA02_BUILD: expected auto, native, manylinux or pure; got {MODE!r}")
@@ -107,10 +112,34 @@ def toolchain() -> tuple[dict[str, list[str]] | None, str | None]:
         return None, str(missing)
 
 
-class BuildNative(Command):
-    """Builds the library into eva02_kernels/lib, with what it was built with or why it was not."""
+@functools.cache
+def cuda() -> tuple[str | None, str | None]:
+    """(compute capabilities to build the CUDA library for, None), or (None, why there will be none)."""
+    if toolchain()[0] is None:
+        return None, toolchain()[1]
+    wanted = os.environ.get("EVA02_CUDA_ARCHITECTURES")
+    if wanted == "":
+        return None, "built with EVA02_CUDA_ARCHITECTURES empty"
+    if shutil.which("nvcc") is None:
+        return None, "built without an nvcc"
+    if wanted is None and MODE == "manylinux":
+        wanted = CUDA_ARCHITECTURES
+    if wanted is None:
+        query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        try:
+            found = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()
+        except (OSError, subprocess.CalledProcessError):
+            found = []
+        if not found:
+            return None, "built on a machine without a GPU; EVA02_CUDA_ARCHITECTURES=80 would have built it"
+        wanted = ";".join(sorted({capability.replace(".", "") for capability in found}, key=int))
+    return wanted, None
 
-    description = "build the compiled library with CMake and ninja"
+
+class BuildNative(Command):
+    """Builds the libraries into eva02_kernels/lib, with what they were built with or why they were not."""
+
+    description = "build the compiled libraries with CMake and ninja"
     user_options: ClassVar[list[tuple[str, str | None, str]]] = []
     build_lib: str | None
     editable_mode: bool
@@ -126,13 +155,14 @@ class BuildNative(Command):
         tools, missing = toolchain()
         target = self._target()
         target.mkdir(parents=True, exist_ok=True)
-        (target / LIBRARY).unlink(missing_ok=True)
+        for name in (LIBRARY, CUDA_LIBRARY):
+            (target / name).unlink(missing_ok=True)
         if tools is None:
             (target / INFO).write_text(json.dumps({"missing": missing}, indent=2) + "\n")
             print(f"no compiled library: {missing}")
             return
-        kind = "manylinux" if MODE == "manylinux" else "native"
-        folder = ROOT / "build" / f"cpu-{kind}"
+        architectures, missing_cuda = cuda()
+        folder = ROOT / "build" / ("manylinux" if MODE == "manylinux" else "native")
         configure = [
             *tools["cmake"],
             *("-S", str(ROOT), "-B", str(folder), "-G", "Ninja"),
@@ -140,11 +170,17 @@ class BuildNative(Command):
             f"-DCMAKE_CXX_COMPILER={';'.join(tools['compiler'])}",
             f"-DEVA02_TORCH_DIR={tools['torch'][0]}",
             f"-DCMAKE_SHARED_LINKER_FLAGS={'-Wl,--strip-all' if MODE == 'manylinux' else ''}",
+            f"-DEVA02_CUDA={'ON' if architectures else 'OFF'}",
+            f"-DEVA02_CUDA_ARCHITECTURES={architectures or ''}",
         ]
         self._run(configure)
         self._run([*tools["cmake"], "--build", str(folder)])
-        for name in (LIBRARY, INFO):
+        for name in (LIBRARY, CUDA_LIBRARY) if architectures else (LIBRARY,):
             shutil.copy2(folder / name, target / name)
+        info = json.loads((folder / INFO).read_text())
+        if missing_cuda:
+            info["missing_cuda"] = missing_cuda
+        (target / INFO).write_text(json.dumps(info, indent=2) + "\n")
 
     def _run(self, command: list[str]) -> None:
         if subprocess.run(command).returncode != 0:
@@ -155,14 +191,14 @@ class BuildNative(Command):
         return base / "eva02_kernels" / "lib"
 
     def get_outputs(self) -> list[str]:
-        names = [INFO] if toolchain()[0] is None else [LIBRARY, INFO]
+        names = [INFO] if toolchain()[0] is None else [LIBRARY, *([CUDA_LIBRARY] if cuda()[0] else []), INFO]
         return [str(Path(str(self.build_lib)) / "eva02_kernels" / "lib" / name) for name in names]
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}
 
     def get_source_files(self) -> list[str]:
-        sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cpp", ".map")]
+        sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in SOURCES]
         return [str(path.relative_to(ROOT)) for path in sorted(sources)] + ["CMakeLists.txt"]
 
 

@@ -568,7 +568,7 @@ def compare(name: str, old: dict[str, Any], new: dict[str, Any], *, same_tools: 
         for what in ("registers", "shared"):
             if new[what] > old[what]:
                 worse.append(f"{new[what]} {what}{' bytes' if what == 'shared' else ''}, was {old[what]}")
-        if new["occupancy"] < old["occupancy"]:
+        if new.get("occupancy", 0) < old.get("occupancy", 0):
             worse.append(f"occupancy {new['occupancy']}, was {old['occupancy']}")
         if mean_width(new["widths"]) < 0.99 * mean_width(old["widths"]):
             worse.append(f"accesses {accesses(new['widths'])}, were {accesses(old['widths'])}")

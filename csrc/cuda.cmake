@@ -24,7 +24,8 @@ if(EVA02_SIMULATOR OR EVA02_CUDA)
     foreach(capability ${EVA02_CUDA_ARCHITECTURES})
       list(APPEND code -gencode arch=compute_${capability},code=sm_${capability})
     endforeach()
-    list(APPEND code -gencode arch=compute_${capability},code=compute_${capability})
+    list(GET EVA02_CUDA_ARCHITECTURES -1 newest)
+    list(APPEND code -gencode arch=compute_${newest},code=compute_${newest})
   endif()
 
   file(GLOB cuda_sources CONFIGURE_DEPENDS csrc/*/*.cu)
@@ -68,7 +69,13 @@ if(EVA02_SIMULATOR OR EVA02_CUDA)
     file(GLOB cuda_folders /usr/local/cuda*)
     find_library(EVA02_CUDART cudart_static REQUIRED HINTS ${cuda_bin}/.. ${cuda_folders} PATH_SUFFIXES lib64 lib)
     target_compile_definitions(eva02_kernels_cuda PRIVATE USE_CUDA)
-    target_link_libraries(eva02_kernels_cuda PRIVATE ${EVA02_CUDART} dl rt pthread)
+    # The current stream is libtorch_cuda's to tell, which a CPU build of torch does not have: a library of that name is
+    # linked in its place, and the real one is found when this is loaded.
+    file(WRITE ${CMAKE_CURRENT_BINARY_DIR}/torch_cuda.cpp "extern \"C\" void aoti_torch_get_current_cuda_stream() {}\n")
+    add_library(torch_cuda SHARED ${CMAKE_CURRENT_BINARY_DIR}/torch_cuda.cpp)
+    set_target_properties(torch_cuda PROPERTIES CXX_VISIBILITY_PRESET default
+                                                LIBRARY_OUTPUT_DIRECTORY ${CMAKE_CURRENT_BINARY_DIR}/link)
+    target_link_libraries(eva02_kernels_cuda PRIVATE torch_cuda ${EVA02_CUDART} dl rt pthread)
     target_link_options(eva02_kernels_cuda PRIVATE -Wl,--as-needed -Wl,--gc-sections
                                                    -Wl,--version-script=${CMAKE_CURRENT_SOURCE_DIR}/csrc/exports.map)
   endif()

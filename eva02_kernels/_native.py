@@ -151,7 +151,7 @@ def cuda_library() -> tuple[Path | None, str | None]:
 
 
 @functools.cache
-def _capability_reasons(index: int) -> tuple[str, ...]:
+def capability_reasons(index: int) -> tuple[str, ...]:
     major, minor = torch.cuda.get_device_capability(index)
     if 10 * major + minor >= MIN_CAPABILITY:
         return ()
@@ -170,4 +170,4 @@ def cuda_unsupported(args: tuple[Any, ...]) -> tuple[str, ...]:
     reason = cuda_library()[1]
     if reason is not None:
         return (reason,)
-    return _dtype_reasons(main) or _capability_reasons(main.device.index)
+    return _dtype_reasons(main) or capability_reasons(main.device.index)

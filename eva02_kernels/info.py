@@ -21,7 +21,8 @@ def environment() -> dict[str, Any]:
     """Versions, compiled libraries and devices, as plain values."""
     path, reason = _native.cpu_library()
     library: dict[str, Any] = {"missing": reason} if path is None else {"path": str(path), "isa": _native.cpu_isa()}
-    build = {k: v for k, v in _native.build_info().items() if k != "missing"}
+    cuda_path, cuda_reason = _native.cuda_library()
+    build = {k: v for k, v in _native.build_info().items() if not k.startswith("missing")}
     return {
         "eva02_kernels": eva02_kernels.__version__,
         "torch": torch.__version__,
@@ -31,6 +32,7 @@ def environment() -> dict[str, Any]:
         "triton": importlib.metadata.version("triton") if _triton.missing() is None else None,
         "cuda_device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cpu_library": library,
+        "cuda_library": {"missing": cuda_reason} if cuda_path is None else {"path": str(cuda_path)},
         "build": build,
     }
 
@@ -44,10 +46,20 @@ def backend_state(spec: OpSpec, name: str) -> str:
         return "plain PyTorch, any device and dtype; the reference"
     if name == "triton":
         return triton_state(spec.name)
+    if name == "cuda":
+        return cuda_state()
     sample = next(s for s in spec.samples() if s.smoke)
     args, kwargs = sample.make(torch.float32, torch.Generator().manual_seed(0))
     reasons = backend.unsupported("fwd", spec.canonical(*args, **kwargs))
     return "; ".join(reasons) if reasons else f"runs, forward and backward ({_native.cpu_isa()})"
+
+
+def cuda_state() -> str:
+    """In words: whether the compiled CUDA kernels run here."""
+    reason = _native.cuda_library()[1] or (None if torch.cuda.is_available() else "no GPU")
+    if reason is None:
+        reason = "; ".join(_native.capability_reasons(torch.cuda.current_device())) or None
+    return f"does not run here: {reason}" if reason else f"runs on {torch.cuda.get_device_name()}"
 
 
 PRODUCTS = ("qkv_rope", "linear", "swiglu_mlp", "gelu_mlp")  # operators that are matrix products
@@ -80,7 +92,7 @@ def print_overview() -> None:
     for key, value in values["build"].items():
         print(f"  {key:<12}{', '.join(map(str, value)) if isinstance(value, list) else value}")
     print(f"triton        {triton_state()}")
-    print("cuda          no kernels in this release")
+    print(f"cuda          {cuda_state()}")
     print()
     width = max(map(len, OP_NAMES))
     for name in OP_NAMES:

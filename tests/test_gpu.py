@@ -1,4 +1,4 @@
-"""What only a GPU can show of the Triton backend, beside the contract suite with ``--backend triton --device cuda``."""
+"""What only a GPU can show of the CUDA and Triton backends, beside the contract suite with ``--device cuda``."""
 
 from __future__ import annotations
 
@@ -16,16 +16,28 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(params=["cuda", "triton"])
+def backend(request):
+    return request.param
+
+
+def _skip_where_refused(op, dtype, backend):
+    reasons = contract.refusal(op, _smoke(op), dtype, backend, device="cuda")
+    if reasons:
+        pytest.skip("; ".join(reasons))
+
+
 def _smoke(op):
     return next(s for s in get_spec(op).samples() if s.smoke)
 
 
 @pytest.mark.parametrize("op", OP_NAMES)
-def test_forward_and_backward_are_captured_in_a_graph(op):
+def test_forward_and_backward_are_captured_in_a_graph(op, backend):
+    _skip_where_refused(op, torch.float32, backend)
     inputs = contract.cast(contract.make(_smoke(op), torch.float32), None, "cuda")
 
     def call():
-        result = getattr(eva02_kernels, op)(*inputs.args, **inputs.kwargs, backend="triton")
+        result = getattr(eva02_kernels, op)(*inputs.args, **inputs.kwargs, backend=backend)
         return result if isinstance(result, tuple) else (result,)
 
     outputs = call()
@@ -33,7 +45,7 @@ def test_forward_and_backward_are_captured_in_a_graph(op):
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
-            expected = contract.run(op, inputs, backend="triton")
+            expected = contract.run(op, inputs, backend=backend)
     torch.cuda.current_stream().wait_stream(stream)
     leaves = list(inputs.leaves.values())
     grads = [g for g, o in zip(contract.output_grads(expected.outputs, 0), outputs, strict=True) if o.requires_grad]
@@ -55,15 +67,16 @@ def test_forward_and_backward_are_captured_in_a_graph(op):
 
 
 @pytest.mark.parametrize("op", OP_NAMES)
-def test_nothing_waits_for_the_device(op):
+def test_nothing_waits_for_the_device(op, backend):
+    _skip_where_refused(op, torch.float32, backend)
     inputs = contract.cast(contract.make(_smoke(op), torch.float32), None, "cuda")
-    contract.run(op, inputs, backend="triton")  # compilation may
-    outputs = getattr(eva02_kernels, op)(*inputs.args, **inputs.kwargs, backend="triton")
+    contract.run(op, inputs, backend=backend)  # compilation may
+    outputs = getattr(eva02_kernels, op)(*inputs.args, **inputs.kwargs, backend=backend)
     outputs = [o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if o.requires_grad]
     grads = contract.output_grads({str(i): o for i, o in enumerate(outputs)}, 0)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        getattr(eva02_kernels, op)(*inputs.args, **inputs.kwargs, backend="triton")
+        getattr(eva02_kernels, op)(*inputs.args, **inputs.kwargs, backend=backend)
         torch.autograd.grad(outputs, list(inputs.leaves.values()), grads, allow_unused=True)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -78,40 +91,44 @@ def test_every_launch_choice_is_accurate(op, index, monkeypatch):
         contract.check_accuracy(op, _smoke(op), dtype, "triton", device="cuda")
 
 
-def test_the_current_stream_is_used():
+def test_the_current_stream_is_used(backend):
+    _skip_where_refused("swiglu", torch.float32, backend)
     x = torch.zeros(64, 4096, device="cuda")
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(50_000_000)
         x.fill_(1.0)  # seen by the kernel only if it is queued behind
-        out = eva02_kernels.swiglu(x, x, backend="triton")
+        out = eva02_kernels.swiglu(x, x, backend=backend)
     stream.synchronize()
     torch.testing.assert_close(out, torch.nn.functional.silu(x) * x)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_the_device_of_the_tensors_is_used():
+def test_the_device_of_the_tensors_is_used(backend):
+    _skip_where_refused("swiglu", torch.float32, backend)
     x = torch.randn(8, 64, device="cuda:1")
     with torch.cuda.device(0):
-        out = eva02_kernels.swiglu(x, x, backend="triton")
+        out = eva02_kernels.swiglu(x, x, backend=backend)
     torch.testing.assert_close(out, torch.nn.functional.silu(x) * x)
 
 
 @pytest.mark.parametrize("op", OP_NAMES)
-def test_auto_takes_triton(op):
+def test_auto_takes_the_first_that_does_not_refuse(op):
     inputs = contract.cast(contract.make(_smoke(op), torch.bfloat16), None, "cuda")
-    assert eva02_kernels.select(op, *inputs.args, **inputs.kwargs).backend == "triton"
+    refused = contract.refusal(op, _smoke(op), torch.bfloat16, "cuda", device="cuda")
+    assert eva02_kernels.select(op, *inputs.args, **inputs.kwargs).backend == ("triton" if refused else "cuda")
 
 
 @pytest.mark.parametrize("op", ["rope_attention", "swiglu_mlp", "qkv_rope", "linear"])
-def test_tf32_follows_torchs_switch(op):
+def test_tf32_follows_torchs_switch(op, backend):
+    _skip_where_refused(op, torch.float32, backend)
     before = torch.backends.cuda.matmul.allow_tf32
     try:
         results = []
         for allow in (False, True):
             torch.backends.cuda.matmul.allow_tf32 = allow
             inputs = contract.cast(contract.make(_smoke(op), torch.float32), None, "cuda")
-            results.append(contract.run(op, inputs, backend="triton").outputs["out0"])
+            results.append(contract.run(op, inputs, backend=backend).outputs["out0"])
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
     torch.testing.assert_close(*results, rtol=2e-2, atol=2e-2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import platform
 import re
@@ -16,8 +17,12 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import cuda_kernels
+
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = "eva02_kernels/lib/libeva02_kernels_cpu.so"
+CUDA_LIBRARY = "eva02_kernels/lib/libeva02_kernels_cuda.so"
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc: the wheel has no CUDA library")
 
 pytestmark = pytest.mark.wheel
 
@@ -113,24 +118,28 @@ def check_compiled(environment: Environment) -> None:
 
 
 def test_platform_wheel_contents(platform_wheel: Path, pure_wheel: Path) -> None:
-    assert platform_wheel.stat().st_size < 8_000_000
+    assert platform_wheel.stat().st_size < 60_000_000
     with zipfile.ZipFile(platform_wheel) as archive, zipfile.ZipFile(pure_wheel) as pure:
+        without_cuda = sum(i.compress_size for i in archive.infolist() if i.filename != CUDA_LIBRARY)
+        assert without_cuda < 8_000_000
         names, pure_names = set(archive.namelist()), set(pure.namelist())
         (metadata,) = (archive.read(n).decode() for n in names if n.endswith(".dist-info/WHEEL"))
     assert LIBRARY in names
     assert "Root-Is-Purelib: false" in metadata
-    assert LIBRARY not in pure_names
+    assert (CUDA_LIBRARY in names) == (shutil.which("nvcc") is not None)
+    assert not pure_names & {LIBRARY, CUDA_LIBRARY}
     for module in ("eva02_kernels/__init__.py", "eva02_kernels/ops/swiglu/__init__.py", "eva02/__init__.py"):
         assert module in names
         assert module in pure_names
     assert not [n for n in names if n.startswith(("tests", "benchmarks", "csrc"))]
 
 
-def test_library_is_portable(platform_wheel: Path) -> None:
+@pytest.mark.parametrize("library", [LIBRARY, pytest.param(CUDA_LIBRARY, marks=needs_nvcc)])
+def test_library_is_portable(library: str, platform_wheel: Path) -> None:
     """Old enough glibc, the stable ABI only, no Python, nothing exported, no path of the machine that built it."""
     elffile = pytest.importorskip("elftools.elf.elffile")
     with zipfile.ZipFile(platform_wheel) as archive:
-        data = archive.read(LIBRARY)
+        data = archive.read(library)
     elf = elffile.ELFFile(io.BytesIO(data))
     versions = {
         entry.name
@@ -159,11 +168,25 @@ def test_library_is_portable(platform_wheel: Path) -> None:
         "libm.so.6",
         "libpthread.so.0",
         "libdl.so.2",
+        "librt.so.1",
         "ld-linux-x86-64.so.2",
         "ld-linux-aarch64.so.1",
     }
-    assert needed <= {"libtorch_cpu.so"} | system, needed
+    torch_libraries = {"libtorch_cpu.so"} | ({"libtorch_cuda.so"} if library == CUDA_LIBRARY else set())
+    assert needed <= torch_libraries | system, needed
     assert str(ROOT).encode() not in data
+
+
+@needs_nvcc
+def test_cuda_kernels_are_within_their_budget(platform_wheel: Path, tmp_path: Path) -> None:
+    """What nvcc made of every kernel: registers, spills, widths of accesses, matrix instructions."""
+    with zipfile.ZipFile(platform_wheel) as archive:
+        library = Path(archive.extract(CUDA_LIBRARY, tmp_path))
+        info = json.loads(archive.read("eva02_kernels/lib/build_info.json"))
+    found = {arch: cuda_kernels.describe(library, arch) for arch in cuda_kernels.architectures(library)}
+    assert [str(arch) for arch in found] == info["cuda_architectures"]
+    budget = json.loads(cuda_kernels.BUDGET.read_text())
+    assert not cuda_kernels.violations(budget, found, f"nvcc {info['nvcc']}")
 
 
 @pytest.mark.parametrize("torch", ["2.14.1", pytest.param("2.10.0", marks=pytest.mark.full)])
@@ -171,12 +194,19 @@ def test_platform_wheel_runs(platform_wheel: Path, environment: Environment, tor
     environment.pip(f"torch=={torch}", platform_wheel)
     assert environment("-c", "import torch; print(torch.__version__)").startswith(torch)
     check_compiled(environment)
+    if shutil.which("nvcc"):
+        info = environment("-m", "eva02_kernels.info")
+        assert re.search(
+            r"cuda +does not run here: needs an NVIDIA driver for CUDA \d+ or newer, there is none", info
+        ), info
 
 
 def test_without_a_compiler(platform_wheel: Path, pure_wheel: Path, sdist: Path, environment: Environment) -> None:
     """The three files, one after the other, over one torch (2.13.0)."""
     environment.pip("torch==2.13.0", platform_wheel)
     check_compiled(environment)
+    if shutil.which("nvcc"):
+        assert "cuda          does not run here: needs a CUDA build of torch" in environment("-m", "eva02_kernels.info")
 
     environment.pip("--force-reinstall", "--no-deps", pure_wheel)
     info = environment("-m", "eva02_kernels.info")

@@ -18,12 +18,13 @@ namespace eva02::cuda {
 namespace {
 
 template <class T, int W>
-__global__ void __launch_bounds__(kMaxRowThreads, 1) fwd_kernel(const __grid_constant__ AddLayerNormFwdParams p) {
+__global__ void __launch_bounds__(kMaxRowThreads) fwd_kernel(const __grid_constant__ AddLayerNormFwdParams p) {
   const int C = static_cast<int>(p.C);
   float w[kItems], b[kItems], scale[kItems];
   load_param<W>(p.weight, C, w, 1.f);
   load_param<W>(p.bias, C, b, 0.f);
   load_param<W>(p.layer_scale, C, scale, 1.f);
+#pragma unroll 1
   for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
     const float row_scale = p.row_scale == nullptr ? 1.f : p.row_scale[row / p.rows_per_sample];
     float s[kItems];
@@ -57,6 +58,7 @@ __global__ void __launch_bounds__(kMaxRowThreads, 1)
   float w[kItems], scale[kItems], dw[kItems] = {}, db[kItems] = {}, dscale[kItems] = {};
   load_param<W>(p.weight, C, w, 1.f);
   load_param<W>(p.layer_scale, C, scale, 1.f);
+#pragma unroll 1
   for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
     const float row_scale = p.row_scale == nullptr ? 1.f : p.row_scale[row / p.rows_per_sample];
     const float mean = p.rms ? 0.f : p.mean[row], rstd = p.rstd[row];

@@ -57,7 +57,7 @@ __device__ void load_angles(const float* const (&runs)[2], int first, int n, int
   }
 }
 
-template <class T, int W>
+template <class T, int W, bool kInterleaved>
 __global__ void __launch_bounds__(kThreads) rotate_kernel(const __grid_constant__ ApplyRopeParams p) {
   const int D = static_cast<int>(p.D), half = D / 2, chunks = ceil_div(half, kPairs);
   const int64_t item = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kThreads) rotate_kernel(const __grid_constant_
   const T* x = static_cast<const T*>(p.x) + b * p.x_stride[0] + t * p.x_stride[1] + h * p.x_stride[2];
   T* y = static_cast<T*>(p.out) + b * p.out_stride[0] + t * p.out_stride[1] + h * p.out_stride[2];
   float v[2 * kPairs];  // interleaved: as stored; half split: the first members of the pairs, then the second ones
-  if (p.rope.interleaved) {
+  if constexpr (kInterleaved) {
     load_span<W, 2 * kPairs>(x + 2 * first, 2 * n, v);
   } else {
     load_span<W, kPairs>(x + first, n, v);
@@ -80,14 +80,14 @@ __global__ void __launch_bounds__(kThreads) rotate_kernel(const __grid_constant_
     load_angles(angles.sin, first, n, D / 4, sin);
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
-      float& first_member = p.rope.interleaved ? v[2 * i] : v[i];
-      float& second_member = p.rope.interleaved ? v[2 * i + 1] : v[kPairs + i];
+      float& first_member = kInterleaved ? v[2 * i] : v[i];
+      float& second_member = kInterleaved ? v[2 * i + 1] : v[kPairs + i];
       const float a = first_member, c = second_member, s = p.inverse ? -sin[i] : sin[i];
       first_member = a * cos[i] - c * s;
       second_member = c * cos[i] + a * s;
     }
   }
-  if (p.rope.interleaved) {
+  if constexpr (kInterleaved) {
     store_span<W, 2 * kPairs>(y + 2 * first, 2 * n, v);
   } else {
     store_span<W, kPairs>(y + first, n, v);
@@ -135,10 +135,12 @@ const char* run_apply_rope_fwd(const ApplyRopeParams& p, const Device& device) {
     const int64_t half = p.rope.interleaved ? 0 : p.D / 2;
     width.rows(p.x, p.x_stride[0], p.x_stride[1], p.x_stride[2], half);
     width.rows(p.out, p.out_stride[0], p.out_stride[1], p.out_stride[2]);
+    const auto ctas = static_cast<unsigned>(ceil_div<int64_t>(items, kThreads));
     return by_width<T>(width, [&]<int W>() {
-      rotate_kernel<T, W>
-          <<<static_cast<unsigned>(ceil_div<int64_t>(items, kThreads)), kThreads, 0, stream_of(device)>>>(p);
-      return launch_error();
+      return by_bool(p.rope.interleaved, [&]<bool kInterleaved>() {
+        rotate_kernel<T, W, kInterleaved><<<ctas, kThreads, 0, stream_of(device)>>>(p);
+        return launch_error();
+      });
     });
   });
 }

@@ -13,11 +13,12 @@ namespace eva02::cuda {
 namespace {
 
 template <class T, int W>
-__global__ void __launch_bounds__(kMaxRowThreads, 1) fwd_kernel(const __grid_constant__ GatherLayerNormFwdParams p) {
+__global__ void __launch_bounds__(kMaxRowThreads) fwd_kernel(const __grid_constant__ GatherLayerNormFwdParams p) {
   const int C = static_cast<int>(p.C);
   float w[kItems], b[kItems];
   load_param<W>(p.weight, C, w, 1.f);
   load_param<W>(p.bias, C, b, 0.f);
+#pragma unroll 1
   for (int64_t m = blockIdx.x; m < p.index.count; m += gridDim.x) {
     const int64_t row = p.index[m];  // the same for the whole CTA
     float x[kItems] = {};
@@ -38,11 +39,12 @@ __global__ void __launch_bounds__(kMaxRowThreads, 1) fwd_kernel(const __grid_con
 }
 
 template <class T, int W, bool kParamGrads>
-__global__ void __launch_bounds__(kMaxRowThreads, 1)
+__global__ void __launch_bounds__(kMaxRowThreads)
     bwd_kernel(const __grid_constant__ GatherLayerNormBwdParams p, float* partials) {
   const int C = static_cast<int>(p.C);
   float w[kItems], dw[kItems] = {}, db[kItems] = {};
   load_param<W>(p.weight, C, w, 1.f);
+#pragma unroll 1
   for (int64_t row = blockIdx.x; row < p.batch * p.seqlen; row += gridDim.x) {
     const int64_t b = row / p.seqlen, s = row % p.seqlen;
     const int first = p.inverse.offsets[row];

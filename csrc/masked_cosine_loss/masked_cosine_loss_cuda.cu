@@ -19,8 +19,9 @@ constexpr float kEps = 1e-8f, kClamped = 1.f / kEps;
 constexpr int kOneCta = 512;
 
 template <class T, int W>
-__global__ void __launch_bounds__(kMaxRowThreads, 1) fwd_kernel(const __grid_constant__ MaskedCosineLossFwdParams p) {
+__global__ void __launch_bounds__(kMaxRowThreads) fwd_kernel(const __grid_constant__ MaskedCosineLossFwdParams p) {
   const int D = static_cast<int>(p.D);
+#pragma unroll 1
   for (int64_t m = blockIdx.x; m < p.M; m += gridDim.x) {
     const int64_t row = p.index[m];  // the same for the whole CTA
     float inv_x = 0.f, inv_t = 0.f, cosine = 0.f;
@@ -75,14 +76,14 @@ __device__ Total total_of(const TokenIndex& index, int64_t M, const float* value
   return {sums[0], counts[0]};
 }
 
-__global__ void __launch_bounds__(kOneCta) mean_kernel(const __grid_constant__ MaskedCosineLossFwdParams p) {
+__global__ void __launch_bounds__(kOneCta, 1) mean_kernel(const __grid_constant__ MaskedCosineLossFwdParams p) {
   const Total total = total_of(p.index, p.M, p.stats + 2 * p.M);
   if (threadIdx.x == 0)
     *p.loss = total.count == 0 ? 0.f : static_cast<float>(-total.sum / static_cast<double>(total.count));
 }
 
 // d loss / d cos of a selected row.
-__global__ void __launch_bounds__(kOneCta)
+__global__ void __launch_bounds__(kOneCta, 1)
     scale_kernel(const __grid_constant__ MaskedCosineLossBwdParams p, float* scale) {
   const Total total = total_of(p.index, p.M, nullptr);
   if (threadIdx.x == 0) *scale = total.count == 0 ? 0.f : -*p.dloss / static_cast<float>(total.count);

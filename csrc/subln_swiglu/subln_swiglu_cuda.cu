@@ -16,11 +16,12 @@ namespace eva02::cuda {
 namespace {
 
 template <class T, int W>
-__global__ void __launch_bounds__(kMaxRowThreads, 1) fwd_kernel(const __grid_constant__ SublnSwigluFwdParams p) {
+__global__ void __launch_bounds__(kMaxRowThreads) fwd_kernel(const __grid_constant__ SublnSwigluFwdParams p) {
   const int F = static_cast<int>(p.F);
   float w[kItems], b[kItems];
   load_param<W>(p.weight, F, w, 1.f);
   load_param<W>(p.bias, F, b, 0.f);
+#pragma unroll 1
   for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
     float h[kItems], u[kItems];
     load_row<W>(static_cast<const T*>(p.gate) + row * p.gate_stride, F, h);
@@ -39,11 +40,12 @@ __global__ void __launch_bounds__(kMaxRowThreads, 1) fwd_kernel(const __grid_con
 }
 
 template <class T, int W, bool kParamGrads>
-__global__ void __launch_bounds__(kMaxRowThreads, 1)
+__global__ void __launch_bounds__(kMaxRowThreads)
     bwd_kernel(const __grid_constant__ SublnSwigluBwdParams p, float* partials) {
   const int F = static_cast<int>(p.F);
   float w[kItems], dw[kItems] = {}, db[kItems] = {};
   load_param<W>(p.weight, F, w, 1.f);
+#pragma unroll 1
   for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
     float g[kItems], u[kItems], d[kItems], x[kItems];
     load_row<W>(static_cast<const T*>(p.gate) + row * p.gate_stride, F, g);

@@ -38,6 +38,34 @@ LIMITS = {
 }
 
 
+# ---- machine code ----------------------------------------------------------------------------------------------------
+def opcodes_of(disassembly: str) -> Counter[str]:
+    """How often each instruction is in a disassembly by nvdisasm or cuobjdump."""
+    return Counter(re.findall(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", disassembly))
+
+
+def num_spills(opcodes: Counter[str]) -> int:
+    """Loads and stores of local memory."""
+    return sum(n for op, n in opcodes.items() if op.startswith(("LDL", "STL")))
+
+
+def matrix_instructions(opcodes: Counter[str]) -> tuple[str, ...]:
+    kinds = {"HMMA": "mma", "IMMA": "mma", "QMMA": "mma", "OMMA": "mma", "HGMMA": "wgmma", "QGMMA": "wgmma",
+             "UTCHMMA": "tcgen05", "UTCQMMA": "tcgen05", "UTCOMMA": "tcgen05"}  # fmt: skip
+    return tuple(sorted({kinds[op.split(".")[0]] for op in opcodes if op.split(".")[0] in kinds}))
+
+
+def access_widths(opcodes: Counter[str]) -> dict[int, int]:
+    """Instructions that read or write global memory, by bytes a thread; asynchronous copies are among them."""
+    widths: Counter[int] = Counter()
+    for op, n in opcodes.items():
+        if re.match(r"(LDG|STG|LDGSTS)\b", op):
+            found = re.search(r"\.(256|128|64)\b|\.[US](8|16)\b", op)
+            bits = 32 if found is None else int(found[1] or found[2])
+            widths[bits // 8] += n
+    return dict(widths)
+
+
 @dataclass
 class Kernel:
     """One compiled kernel, and how often it was launched."""
@@ -64,8 +92,7 @@ class Kernel:
     @functools.cached_property
     def opcodes(self) -> Counter[str]:
         """How often each instruction is in the machine code."""
-        text = _disassemble("nvdisasm", "--print-code", self.binary)
-        return Counter(re.findall(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", text))
+        return opcodes_of(_disassemble("nvdisasm", "--print-code", self.binary))
 
     @property
     def registers(self) -> int:
@@ -73,24 +100,14 @@ class Kernel:
 
     @property
     def spills(self) -> int:
-        """Loads and stores of local memory."""
-        return sum(n for op, n in self.opcodes.items() if op.startswith(("LDL", "STL")))
+        return num_spills(self.opcodes)
 
     @property
     def matrix_instructions(self) -> tuple[str, ...]:
-        kinds = {"HMMA": "mma", "IMMA": "mma", "QMMA": "mma", "OMMA": "mma", "HGMMA": "wgmma", "QGMMA": "wgmma",
-                 "UTCHMMA": "tcgen05", "UTCQMMA": "tcgen05", "UTCOMMA": "tcgen05"}  # fmt: skip
-        return tuple(sorted({kinds[op.split(".")[0]] for op in self.opcodes if op.split(".")[0] in kinds}))
+        return matrix_instructions(self.opcodes)
 
     def access_widths(self) -> dict[int, int]:
-        """Instructions that read or write global memory, by bytes a thread; asynchronous copies are among them."""
-        widths: Counter[int] = Counter()
-        for op, n in self.opcodes.items():
-            if re.match(r"(LDG|STG|LDGSTS)\b", op):
-                found = re.search(r"\.(256|128|64)\b|\.[US](8|16)\b", op)
-                bits = 32 if found is None else int(found[1] or found[2])
-                widths[bits // 8] += n
-        return dict(widths)
+        return access_widths(self.opcodes)
 
     @property
     def occupancy(self) -> float:
