@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,10 @@ class _Bounds:
         return checked
 
 
-CUDA_SIMULATED = Path(__file__).parent / "gpusim" / "libeva02_kernels_cuda.so"
+# The CUDA operators built for the simulator; another build's with EVA02_CUDA_SIMULATED=file.
+CUDA_SIMULATED = Path(
+    os.environ.get("EVA02_CUDA_SIMULATED", Path(__file__).parent / "gpusim" / "libeva02_kernels_cuda.so")
+)
 
 
 @functools.cache

@@ -1,0 +1,231 @@
+"""Mutation check of the CUDA kernels: break one line at a time; the contract suite on the simulator must notice.
+
+python tests/cuda_mutants.py                     # everything: about half a minute a mutant
+python tests/cuda_mutants.py --only 'swiglu_*' --json results.json
+
+Each mutant is one replacement in a copy of csrc/. The operator's file is compiled from it for the simulator and linked
+with the unmutated objects of build/cuda-simulator (`make cuda-simulator` makes those), and the operator's float32 and
+bfloat16 samples run on that library until one fails: a wrong result, or a fault that the simulator finds. Mutants
+marked equivalent change no result, for the reason given, and must survive.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build" / "cuda-simulator"
+GPUSIM = ROOT / "eva02_kernels" / "testing" / "gpusim"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """``old``, which ``file`` (below csrc/) holds once, replaced with ``new``; ``op`` must notice."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    op: str
+    source: str = ""  # the .cu that is compiled, where it is not ``file``
+    equivalent: str = ""  # why no result changes
+
+
+def row(name: str, op: str, old: str, new: str, equivalent: str = "") -> Mutant:
+    return Mutant(name, f"{op}/{op}_cuda.cu", old, new, op, equivalent=equivalent)
+
+
+def shared(name: str, old: str, new: str, op: str, equivalent: str = "") -> Mutant:
+    """Of what the row kernels share."""
+    return Mutant(name, "common/rows.cuh", old, new, op, f"{op}/{op}_cuda.cu", equivalent)
+
+
+MUTANTS = (
+    # ---- common/rows.cuh
+    shared("packs_overlap", "* static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)) * W",
+           "* static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)) * (W - (W > 1))", "swiglu"),
+    shared("row_has_one_column_more", "return first_column<W>(i / W) + i % W < C;",
+           "return first_column<W>(i / W) + i % W <= C;", "subln_swiglu"),
+    shared("last_pack_reads_on", "if (c + W <= C) {\n      load_pack<W>(row + c, v + j * W);",
+           "if (c < C) {\n      load_pack<W>(row + c, v + j * W);", "add_layer_norm"),
+    shared("last_pack_writes_on", "if (c + W <= C) {\n      store_pack<W>(row + c, v + j * W);",
+           "if (c < C) {\n      store_pack<W>(row + c, v + j * W);", "subln_swiglu"),
+    shared("sum_of_the_first_warp", "x[n] = warp_sum(lane < warps ? partial[n][lane] : 0.f);",
+           "x[n] = warp_sum(lane < 1 ? partial[n][lane] : 0.f);", "add_layer_norm"),
+    shared("sum_without_a_barrier", "partial[n][warp] = x[n];\n  }\n  __syncthreads();",
+           "partial[n][warp] = x[n];\n  }", "add_layer_norm"),
+    shared("sum_written_too_early", "  __syncthreads();  // the next sum may write again\n", "", "subln_swiglu"),
+    shared("half_of_a_warp", "for (int lane = 16; lane > 0; lane /= 2)", "for (int lane = 8; lane > 0; lane /= 2)",
+           "gather_layer_norm"),
+    shared("variance_not_centred", "const float d = in_row<W>(i, C) ? v[i] - mean : 0.f;",
+           "const float d = in_row<W>(i, C) ? v[i] : 0.f;", "add_layer_norm"),
+    shared("variance_of_the_padding", "const float d = in_row<W>(i, C) ? v[i] - mean : 0.f;",
+           "const float d = v[i] - mean;", "add_layer_norm"),
+    shared("eps_outside_the_root", "sqrtf(block_sum(squares) / static_cast<float>(C) + eps)",
+           "(sqrtf(block_sum(squares) / static_cast<float>(C)) + eps)", "subln_swiglu"),
+    shared("gradient_without_the_mean", "const float c1 = rms ? 0.f : sums[0]",
+           "const float c1 = rms ? 1.f : 0.f * sums[0]", "add_layer_norm"),
+    shared("gradient_without_the_projection", "(d[i] - c1 - xhat[i] * c2) * rstd", "(d[i] - c1) * rstd",
+           "gather_layer_norm"),
+    shared("run_without_its_last", "k < inverse.offsets[row + 1]; ++k)", "k < inverse.offsets[row + 1] - 1; ++k)",
+           "gather_tokens"),
+    shared("run_of_the_next_row", "for (int k = inverse.offsets[row];", "for (int k = inverse.offsets[row] + 1;",
+           "gather_tokens"),
+    shared("second_piece_forgotten", "first(static_cast<int>(blockIdx.y * blockDim.x) * kItems)",
+           "first(static_cast<int>(0 * blockDim.x) * kItems)", "swiglu"),
+    shared("rows_of_a_cta_in_one", "* blockDim.y + threadIdx.y)", "* blockDim.y)", "gather_tokens"),
+    Mutant("column_sums_lose_a_warp", "common/rows.cu", "for (int w = 1; w < 8; ++w)", "for (int w = 2; w < 8; ++w)",
+           "subln_swiglu", "common/rows.cu"),
+    Mutant("column_sums_lose_the_last_part", "common/rows.cu", "end = min(parts, begin + per_warp)",
+           "end = min(parts - 1, begin + per_warp)", "add_layer_norm", "common/rows.cu"),
+    Mutant("column_sums_without_a_barrier", "common/rows.cu", "  __syncthreads();\n", "", "subln_swiglu",
+           "common/rows.cu"),
+    # ---- subln_swiglu, swiglu
+    row("subln_without_bias", "subln_swiglu", "* s.rstd * w[i] + b[i]", "* s.rstd * w[i]"),
+    row("subln_weight_gradient_without_xhat", "subln_swiglu", "dw[i] += d[i] * x[i];", "dw[i] += d[i];"),
+    row("subln_slope_forgotten", "subln_swiglu", "g[i] = d[i] * u[i] * a.slope;", "g[i] = d[i] * u[i] * a.value;"),
+    row("subln_padding_in_xhat", "subln_swiglu",
+        "x[i] = in_row<W>(i, F) ? (silu<T>(g[i]).value * u[i] - mean) * rstd : 0.f;", "x[i] = (silu<T>(g[i]).value * u[i] - mean) * rstd;",
+        equivalent="the gradient d of a column beyond the last is zero, and xhat is only used times d or not stored"),
+    row("subln_bias_sums_at_the_weights", "subln_swiglu", "store_partial_sums<W>(mine + F, F, db);",
+        "store_partial_sums<W>(mine, F, db);"),
+    row("subln_statistics_by_all_threads_of_the_next_row", "subln_swiglu", "p.mean[row] = s.mean;",
+        "p.mean[row ^ 1] = s.mean;"),
+    Mutant("silu_slope_sign", "common/activations.cuh", "s + value * (1.f - s)", "s - value * (1.f - s)", "swiglu",
+           "swiglu/swiglu_cuda.cu"),
+    row("swiglu_gradients_swapped", "swiglu", "u[i] = d[i] * a.value;", "u[i] = d[i] * a.slope;"),
+    # ---- add_layer_norm
+    row("add_norm_without_row_scale", "add_layer_norm", "s[i] *= row_scale * scale[i];", "s[i] *= scale[i];"),
+    row("add_norm_sum_not_rounded", "add_layer_norm", "s[i] = rounded<T>(s[i]);", "s[i] = s[i];"),
+    row("add_norm_row_scale_of_the_next_sample", "add_layer_norm",
+        "p.row_scale[row / p.rows_per_sample];\n    const float mean", "p.row_scale[0];\n    const float mean"),
+    row("add_norm_without_dsum", "add_layer_norm", "d[i] += x[i];", "d[i] += 0.f * x[i];"),
+    row("add_norm_scale_gradient_unscaled", "add_layer_norm", "dscale[i] += row_scale * d[i] * x[i];",
+        "dscale[i] += d[i] * x[i];"),
+    # ---- indices
+    row("gather_ignores_padding", "gather_tokens", "  if (row >= 0) {", "  {"),
+    row("gather_from_the_wrong_sample", "gather_tokens", "row / p.seqlen * p.x_batch_stride", "0 * p.x_batch_stride"),
+    row("gather_norm_padding_has_statistics", "gather_layer_norm", "Statistics stats{0.f, 0.f};",
+        "Statistics stats{0.f, 1.f};"),
+    row("gather_norm_statistics_of_the_row", "gather_layer_norm", "const float mean = p.mean[m], rstd = p.rstd[m];",
+        "const float mean = p.mean[0], rstd = p.rstd[0];"),
+    Mutant("index_of_the_first_sample", "common/token_index.h", "m / per_sequence * seqlen + entry", "entry",
+           "gather_tokens", "gather_tokens/gather_tokens_cuda.cu"),
+    # ---- mask_tokens, masked_cosine_loss
+    row("mask_inverted", "mask_tokens", "else if (is_masked(p, b, patch))", "else if (!is_masked(p, b, patch))"),
+    row("mask_gradient_passes", "mask_tokens", "        d[i] = 0.f;\n", ""),
+    row("mask_position_of_the_patch", "mask_tokens", "part_of(p.pos_embed, n * p.C",
+        "part_of(p.pos_embed, patch * p.C"),
+    row("mask_token_sums_everything", "mask_tokens", "      if (masked) {", "      if (true) {"),
+    row("cosine_mean_over_all_rows", "masked_cosine_loss", "count += index[m] >= 0;", "count += 1;"),
+    row("cosine_tree_without_a_barrier", "masked_cosine_loss", "half > 0; half /= 2) {\n    __syncthreads();",
+        "half > 0; half /= 2) {"),
+    row("cosine_gradient_without_the_projection", "masked_cosine_loss", "? -scale * cosine * inv_self * inv_self : 0.f",
+        "? 0.f : 0.f"),
+    row("cosine_clamp_has_a_slope", "masked_cosine_loss", "inv_self < kClamped ? -scale", "true ? -scale"),
+    # ---- apply_rope
+    row("rope_sine_sign", "apply_rope", "first_member = a * cos[i] - c * s;", "first_member = a * cos[i] + c * s;"),
+    row("rope_inverse_is_forward", "apply_rope", "s = p.inverse ? -sin[i] : sin[i];", "s = sin[i];"),
+    row("rope_angles_of_the_first_run", "apply_rope", "runs[1][pair - quarter]", "runs[0][pair - quarter]"),
+    row("rope_table_gradient_of_one_head", "apply_rope", "(per_head ? table + 1 : p.H); ++h)",
+        "(per_head ? table + 1 : int64_t{1}); ++h)"),
+)  # fmt: skip
+
+
+def mutated(mutant: Mutant) -> str:
+    """The file's text with its change; LookupError, with the mutant's name, where that cannot be made."""
+    text = (ROOT / "csrc" / mutant.file).read_text()
+    if text.count(mutant.old) != 1:
+        raise LookupError(f"mutant {mutant.name}: {mutant.file} has {mutant.old!r} {text.count(mutant.old)} times")
+    return text.replace(mutant.old, mutant.new)
+
+
+def build(mutant: Mutant, folder: Path) -> Path:
+    """The simulator's library with the mutant in it."""
+    sys.path.insert(0, str(ROOT))
+    from eva02_kernels.testing.gpusim import nvcc
+
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    (folder / "csrc" / mutant.file).write_text(mutated(mutant))
+    source = mutant.source or mutant.file
+    changed = folder / "changed.o"
+    command = ["nvcc", "-std=c++20", "-O3", "-DEVA02_CUDA", f"-I{folder / 'csrc'}", *nvcc.COMPILE, "-lineinfo",
+               "-Xcompiler", "-fPIC,-fvisibility=hidden", "-c", folder / "csrc" / source, "-o", changed]  # fmt: skip
+    subprocess.run(list(map(str, command)), check=True)
+    objects = [p for p in (BUILD / "cuda").glob("*.o") if p.stem != Path(source).stem]
+    objects += (BUILD / "CMakeFiles" / "eva02_kernels_cuda.dir" / "csrc").rglob("*.o")
+    library = folder / "libeva02_kernels_cuda.so"
+    command = ["g++", "-shared", "-o", library, changed, *objects, nvcc.SEAM, nvcc.STAND_IN, "-Wl,--exclude-libs,ALL",
+               "-lpthread", *_torch_library()]  # fmt: skip
+    subprocess.run(list(map(str, command)), check=True)
+    return library
+
+
+def _torch_library() -> list[str]:
+    import torch
+
+    return [str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")]
+
+
+def run(mutant: Mutant) -> dict[str, Any]:
+    """What noticed the mutant first, or None."""
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="eva02_cuda_mutant_") as name:
+        library = build(mutant, Path(name))
+        environment = {**os.environ, "EVA02_CUDA_SIMULATED": str(library), "OMP_NUM_THREADS": "1"}
+        selection = f"is_accurate and {mutant.op}- and (float32 or bfloat16)"
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "--backend", "cuda", "-m", "not full",
+                   "tests/test_contract.py", "-k", selection]  # fmt: skip
+        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    noticed = re.search(r"^(?:FAILED|ERROR) \S+\[(\S+)\](?: - (.*))?", result.stdout, re.MULTILINE)
+    if result.returncode not in (0, 1) or (result.returncode == 1) != (noticed is not None):
+        raise SystemExit(f"{mutant.name}: pytest did not run\n{result.stdout[-3000:]}{result.stderr[-1000:]}")
+    status = "SURVIVED" if noticed is None else "killed"
+    if mutant.equivalent:
+        status = "equivalent" if noticed is None else "KILLED, but said to be equivalent"
+    how = "" if noticed is None else f"{noticed[1]}: {(noticed[2] or '').split(':')[0]}"
+    return {"name": mutant.name, "file": mutant.file, "op": mutant.op, "status": status, "noticed": how,
+            "seconds": round(time.monotonic() - begin, 1)}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--list", action="store_true", help="print the mutants and their changes, run nothing")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="mutants of these names (* and ? stand for any text)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every outcome to FILE")
+    args = parser.parse_args()
+    mutants = [m for m in MUTANTS if not args.only or any(fnmatch.fnmatch(m.name, p) for p in args.only)]
+    if not mutants:
+        parser.error("no mutant has such a name; --list shows them")
+    if args.list:
+        for m in mutants:
+            print(f"{m.name}: {m.file}\n  - {m.old!r}\n  + {m.new!r}\n  {m.equivalent or m.op}")
+        return
+    if not BUILD.exists():
+        parser.error(f"there is no {BUILD.relative_to(ROOT)}: run `make cuda-simulator`")
+    results = []
+    for mutant in mutants:
+        results.append(run(mutant))
+        last = results[-1]
+        print(f"{last['name']:<50} {last['seconds']:6.1f} s  {last['status']}  {last['noticed']}", flush=True)
+    counts = {s: sum(r["status"] == s for r in results) for s in ("killed", "equivalent")}
+    print(f"{len(results)} mutants: {counts['killed']} killed, {counts['equivalent']} equivalent")
+    if args.json:
+        args.json.write_text(json.dumps({"schema": 1, "mutants": results}, indent=1) + "\n")
+    raise SystemExit(any(r["status"] not in counts for r in results))
+
+
+if __name__ == "__main__":
+    main()
