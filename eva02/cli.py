@@ -11,8 +11,9 @@ from typing import cast
 import eva02
 from eva02 import features
 from eva02.options import LAYOUTS, loading, loading_options, model_options, overrides
+from eva02.train import finetune, pretrain
 
-_COMMANDS = (features,)
+_COMMANDS = (features, pretrain, finetune)
 """Modules that have a command of their own: `add_command(commands)` adds its parser, whose default `run` is called."""
 
 
@@ -89,11 +90,10 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; a user's mistake is one line on stderr and exit status 1."""
+    """Run the command; a user's mistake is one line on stderr and exit status 1. A command may have others."""
     args = _parser().parse_args(argv)
     try:
-        args.run(args)
-    except (ValueError, TypeError, OSError, ImportError) as error:
+        return args.run(args) or 0
+    except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
         print(f"eva02 {args.command}: {error}", file=sys.stderr)
         return 1
-    return 0
