@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from typing import cast
 
 import eva02
-from eva02 import features
+from eva02 import evaluate, features
 from eva02.options import LAYOUTS, loading, loading_options, model_options, overrides
 from eva02.train import finetune, pretrain
 
-_COMMANDS = (features, pretrain, finetune)
+_COMMANDS = (features, pretrain, finetune, evaluate)
 """Modules that have a command of their own: `add_command(commands)` adds its parser, whose default `run` is called."""
 
 
