@@ -33,9 +33,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import eva02
 from eva02.files import atomic_file
 from eva02.options import LAYOUTS, loading, loading_options, model_options, overrides
+from eva02.runs import load_model
 
 Labels = tuple[int, ...]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -331,8 +331,8 @@ def add_command(commands: Any) -> None:
     )
     data_help = "such as imagenet-a=/data/imagenet-a (default protocol: folder)"
     parser.add_argument("data", nargs="+", metavar="[PROTOCOL=]PATH", help=data_help)
-    parser.add_argument("--model", required=True, help="model name, see 'eva02 info'")
-    parser.add_argument("--checkpoint", required=True, help="weights: official, timm or mmpretrain")
+    parser.add_argument("--model", required=True, help="model name, see 'eva02 info', or the folder of a training run")
+    parser.add_argument("--checkpoint", help="weights: official, timm or mmpretrain (default: the run's)")
     parser.add_argument("--crop", choices=("center", "squash"), default="center", help="default %(default)s")
     parser.add_argument("--crop-pct", type=float, default=1.0, help="size over resized size (default %(default)s)")
     parser.add_argument("--split", default="val", help="of protocol folder (default %(default)s)")
@@ -363,9 +363,9 @@ def _run(args: argparse.Namespace) -> None:
         if not separator or Path(item).exists():
             protocol, location = "folder", item
         tasks.append((protocol, location, open_task(protocol, location, args)))
-    model = eva02.create_model(args.model, **overrides(args)).eval()
-    print(eva02.load_checkpoint(model, args.checkpoint, **loading(args)))
-    model.to(device, _DTYPES[args.dtype])
+    model, report = load_model(args.model, args.checkpoint, **overrides(args), **loading(args))
+    print(report)
+    model.eval().to(device, _DTYPES[args.dtype])
     transform = EvalTransform(model.img_size, args.crop, args.crop_pct)
     results = []
     for protocol, location, task in tasks:

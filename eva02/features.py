@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-import eva02
 from eva02.images import find_images, load_image
 from eva02.options import LAYOUTS, loading, loading_options, model_options, overrides
+from eva02.runs import load_model
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -26,10 +26,9 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "images", nargs="+", metavar="IMAGES", help="files, or folders searched recursively; for a cache one data set"
     )
-    parser.add_argument(
-        "--model", required=True, help="name, see 'eva02 info'; for a cache also timm:NAME, open_clip:NAME"
-    )
-    parser.add_argument("--checkpoint", required=True, help="weights: official, timm or mmpretrain")
+    model_help = "see 'eva02 info', or the folder of a training run; for a cache also timm:NAME, open_clip:NAME"
+    parser.add_argument("--model", required=True, help=model_help)
+    parser.add_argument("--checkpoint", help="weights: official, timm or mmpretrain (default: the run's)")
     parser.add_argument("--out", required=True, metavar="OUT", help="FILE.npz with 'features' and 'paths', or a folder")
     parser.add_argument("--batch-size", type=int, default=16, help="images per forward pass (default %(default)s)")
     parser.add_argument("--device", default=None, help="torch device (default: this process's GPU, else cpu)")
@@ -75,9 +74,10 @@ def _write_pooled(args: argparse.Namespace) -> None:
     paths = find_images(args.images)
     if not paths:
         raise ValueError("no image found")
-    model = eva02.create_model(args.model, num_classes=0, **overrides(args)).eval()
-    print(eva02.load_checkpoint(model, args.checkpoint, **loading(args)))
-    model.to(args.device)
+    pooling = {"head": "classifier", "num_classes": 0}
+    model, report = load_model(args.model, args.checkpoint, **{**overrides(args), **pooling}, **loading(args))
+    print(report)
+    model.eval().to(args.device)
     features = []
     with torch.inference_mode():
         for start in range(0, len(paths), args.batch_size):

@@ -7,6 +7,9 @@ A shard holds, for each of its samples, the features (P, C) in bfloat16, or in f
 patch, the crop, what the image was (name and size), and a checksum of all this. Shards are written whole or not at all.
 Reading a sample verifies it, so that no damage reaches training; writing again verifies every shard and redoes what is
 missing or damaged.
+
+What rounding costs, as 1 - cos between stored and true features of a patch, mean over 2,000: bfloat16 1.4e-6, float8
+3.5e-4 (normal features and those of a CLIP tower alike; largest 5.1e-4, with four channels fifty times the others).
 """
 
 from __future__ import annotations

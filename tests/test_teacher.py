@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import json
 import os
 import resource
 import signal
@@ -110,6 +111,8 @@ def test_teachers_by_name(tmp_path):
     images = torch.randn(1, 3, 28, 28)
     through_timm = create_teacher(f"timm:{TINY}", str(tmp_path / "tiny.safetensors"), dtype=torch.float32, **options)
     torch.testing.assert_close(loaded(images), through_timm(images), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"the checkpoint of the teacher .* is needed, or 'random'"):
+        create_teacher(TINY)
     with pytest.raises(FileNotFoundError, match="no checkpoint of the teacher at nowhere"):
         create_teacher(TINY, "nowhere")
     with pytest.raises(ValueError, match="unknown library 'jax'"):
@@ -363,6 +366,28 @@ def test_killed_writers(tmp_path):
 @pytest.mark.full
 def test_killed_writers_often(tmp_path):
     survive_kills(tmp_path, 50, seed=1)
+
+
+def test_a_run_teaches_through_a_cache_as_without(tmp_path, capsys):
+    """Fine-tune, evaluate the run, write its features, pre-train from them: losses are those of the live teacher."""
+    pytest.importorskip("sklearn")
+    run, cache = str(tmp_path / "run"), str(tmp_path / "cache")
+    short = ["--batch-size", "32", "--set", "run.tensorboard=false", "--set", "run.profile_peak=false"]
+    short += ["--set", "run.log_every=1", "--set", "data.val=none", "--set", "model.depth=1"]
+    assert main(["finetune", "--preset", "eva02_digits", *short, "--steps", "2", "--output", run]) == 0
+    assert main(["evaluate", "digits", "--model", run]) == 0
+    assert "    360 " in capsys.readouterr().out.splitlines()[-1]
+    views = ["--seed", "5", "--scale", "0.5", "--crops", "1"]
+    assert main(["features", "digits", "--model", run, "--out", cache, "--batch-size", "64", *views]) == 0
+    losses = {}
+    for name, source in (("live", ["--teacher", run]), ("cached", ["--teacher-cache", cache])):
+        output = str(tmp_path / name)
+        arguments = [*short, "--steps", "4", "--seed", "5", "--output", output, *source]
+        assert main(["pretrain", "--preset", "eva02_digits_mim", *arguments]) == 0
+        lines = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        losses[name] = [line["loss"] for line in lines if "lr" in line]
+    assert len(losses["live"]) == 4
+    assert losses["cached"] == pytest.approx(losses["live"], abs=2e-4)  # the cache rounds to bfloat16
 
 
 # ---- command -----------------------------------------------------------------------------------------------------

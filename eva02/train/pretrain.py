@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 import eva02
 from eva02.config import ModelConfig
 from eva02.model import Eva02Mim
-from eva02.recipes import PretrainRecipe, get_preset
+from eva02.recipes import PretrainRecipe
 from eva02.train import command
 from eva02.train.distributed import World
 from eva02.train.loop import Batch, Task
@@ -158,19 +157,10 @@ def load_teacher(recipe: PretrainRecipe, world: World) -> Teacher:
     mim, config = recipe.mim, recipe.model.config()
     if not mim.teacher:
         raise ValueError("--teacher is needed: a CLIP vision tower, or the folder of a finished 'eva02 finetune' run")
-    from eva02.teacher import Teacher, create_teacher
+    from eva02.teacher import create_teacher
 
     dtype = getattr(torch, recipe.run.precision)
-    folder = Path(mim.teacher)
-    if (folder / "recipe.json").is_file():
-        taught = get_preset(str(folder / "recipe.json")).model
-        model = eva02.create_model(taught.name, **{**taught.options, "num_classes": 0, "drop_path_rate": 0.0})
-        eva02.load_checkpoint(model, folder / "model.safetensors")
-        teacher = Teacher(model, mim.teacher).to(device=world.device, dtype=dtype)
-    else:
-        if not mim.teacher_checkpoint:
-            raise ValueError(f"--teacher-checkpoint is needed: the weights of {mim.teacher}")
-        teacher = create_teacher(mim.teacher, mim.teacher_checkpoint, img_size=None, device=world.device, dtype=dtype)
+    teacher = create_teacher(mim.teacher, mim.teacher_checkpoint or None, device=world.device, dtype=dtype)
     if teacher.dim != config.mim_dim:
         raise ValueError(f"the teacher's features are {teacher.dim} wide, model.mim_dim is {config.mim_dim}")
     if teacher.img_size != config.image_hw:
