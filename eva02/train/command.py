@@ -24,21 +24,21 @@ from eva02.train.progress import forward_flops
 
 Build = Callable[..., tuple[Task, Any]]
 _FLAGS = {
-    "data": "data.source",
-    "val": "data.val",
-    "output": "run.output",
-    "epochs": "schedule.epochs",
-    "steps": "schedule.steps",
-    "batch_size": "data.batch_size",
-    "accumulate": "data.accumulate",
-    "lr": "optimizer.lr",
-    "workers": "data.workers",
-    "seed": "run.seed",
-    "device": "run.device",
-    "precision": "run.precision",
-    "parallel": "run.parallel",
+    "data": ("data.source", "folder:PATH, wds:PATTERN, hf:PATH or digits"),
+    "val": ("data.val", "held-out data of the same kinds, evaluated after each epoch"),
+    "output": ("run.output", "folder of checkpoints, logs and the trained model"),
+    "epochs": ("schedule.epochs", "length of the run"),
+    "steps": ("schedule.steps", "length in optimiser steps instead"),
+    "batch_size": ("data.batch_size", "of all processes together; the learning rate belongs to it"),
+    "accumulate": ("data.accumulate", "parts that a process splits its share of a batch into, to save memory"),
+    "lr": ("optimizer.lr", "peak learning rate"),
+    "workers": ("data.workers", "loader processes of each training process"),
+    "seed": ("run.seed", "of weights, order, augmentation, masks, drop path"),
+    "device": ("run.device", "auto, cpu, cuda or cuda:N"),
+    "precision": ("run.precision", "float32, or bfloat16 or float16 autocast"),
+    "parallel": ("run.parallel", "ddp or fsdp, with several processes"),
 }
-"""Option -> the field of the recipe that it sets."""
+"""Option -> the field of the recipe that it sets, and its help."""
 
 
 def presets_text(task: str) -> str:
@@ -64,8 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser, flags: Mapping[str, str]) -> 
         "--processes", type=int, default=1, metavar="N", help="with --dry-run: for so many (default %(default)s)"
     )
     options = parser.add_argument_group("fields of the recipe")
-    for option, field in _FLAGS.items():
-        options.add_argument(f"--{option.replace('_', '-')}", metavar="X", help=field)
+    for option, (field, text) in _FLAGS.items():
+        options.add_argument(f"--{option.replace('_', '-')}", metavar="X", help=f"{text} ({field})")
 
 
 def recipe_of(args: argparse.Namespace, task: str, flags: Mapping[str, str]) -> Recipe:
@@ -77,11 +77,8 @@ def recipe_of(args: argparse.Namespace, task: str, flags: Mapping[str, str]) -> 
     recipe = get_preset(args.preset)
     if recipe.task != task:
         raise ValueError(f"preset {args.preset!r} is for 'eva02 {recipe.task}', not {task!r}")
-    values = {
-        field: getattr(args, option)
-        for option, field in {**_FLAGS, **flags}.items()
-        if getattr(args, option) is not None
-    }
+    fields = {option: field for option, (field, _) in _FLAGS.items()} | dict(flags)
+    values = {field: getattr(args, option) for option, field in fields.items() if getattr(args, option) is not None}
     for assignment in args.set:
         name, separator, value = assignment.partition("=")
         if not separator:
