@@ -5,9 +5,12 @@ from __future__ import annotations
 import errno
 import io
 import json
+import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import time
 
 import pytest
 import torch
@@ -219,6 +222,26 @@ def test_sigterm_saves_and_the_same_run_goes_on(task, uninterrupted, tmp_path, m
     assert_same_run(tmp_path, uninterrupted[task])
     assert train_runs.train(recipe, train_runs.build) == 0  # nothing is left to do
     assert_same_run(tmp_path, uninterrupted[task])
+
+
+def test_sigterm_to_the_loaders_processes_too(tmp_path, uninterrupted):
+    """As schedulers send it: to every process of a job."""
+    recipe = train_runs.recipe("finetune", run__ema_decay=0.9, data__workers=2)
+    trainer = train_runs.trainer(recipe, tmp_path)
+    step = trainer.train_step
+
+    def told(batch):
+        if trainer.step == 1:
+            processes = (*multiprocessing.active_children(), multiprocessing.current_process())
+            subprocess.run(["kill", *(str(process.pid) for process in processes)], check=True)
+            time.sleep(0.2)
+        return step(batch)
+
+    trainer.train_step = told
+    outcome = trainer.run()
+    assert (outcome.step, outcome.finished) == (2, False)
+    assert train_runs.trainer(recipe, tmp_path).run().finished
+    assert_same_run(tmp_path, uninterrupted["finetune"])
 
 
 @pytest.mark.parametrize("where", ["nan in the image", "infinite gradient"])

@@ -55,7 +55,10 @@ def build(recipe: Recipe, world: World, **options: Any) -> tuple[Task, Any]:
     """As the commands build it, with `PatchTeacher`."""
     if recipe.task == "finetune":
         return finetune.build(recipe, world, **options)
-    teacher, pretrain.load_teacher = pretrain.load_teacher, lambda *_: PatchTeacher(recipe.model.config().mim_dim)
+    teacher, pretrain.load_teacher = (
+        pretrain.load_teacher,
+        lambda *_: PatchTeacher(recipe.model.config().mim_dim).to(world.device),
+    )
     try:
         return pretrain.build(recipe, world, **options)
     finally:
