@@ -36,8 +36,10 @@ from torch import Tensor, nn
 from eva02.files import atomic_file
 from eva02.options import LAYOUTS, loading, loading_options, model_options, overrides
 from eva02.runs import load_model
+from eva02.train.distributed import World, started
 
 Labels = tuple[int, ...]
+_ALONE = World()
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -255,10 +257,10 @@ class _Stopwatch:
         return time.perf_counter()
 
     @property
-    def throughput(self) -> float | None:
+    def throughput(self) -> float:
+        """Images per second after the first call, 0 where there was no other."""
         steady = self.calls[1:]
-        seconds = sum(seconds for seconds, _ in steady)
-        return sum(images for _, images in steady) / seconds if seconds else None
+        return sum(images for _, images in steady) / sum(seconds for seconds, _ in steady) if steady else 0.0
 
 
 def evaluate(
@@ -270,12 +272,15 @@ def evaluate(
     location: str = "",
     batch_size: int = 64,
     num_workers: int = 0,
+    world: World = _ALONE,
 ) -> Result:
     """Evaluate a classifier in evaluation mode.
 
     Args:
         model: images (B, 3, H, W) -> logits (B, classes); its device and dtype are those of its parameters.
         transform: an `EvalTransform`, or what is called as that.
+        batch_size: of each process.
+        world: processes that share the images; all get the result.
 
     Raises:
         ValueError: wrong number of classes, logits that are not finite, or an image that cannot be read, by name.
@@ -289,18 +294,22 @@ def evaluate(
     if not counted:
         raise ValueError(f"{location} has no image that counts")
     parameter = next(model.parameters())
+    # In torch.distributed's processes `compute` takes the mean over all of them.
     top1, top5 = (MeanMetric().set_dtype(torch.float64).to(parameter.device) for _ in range(2))
     watch = _Stopwatch(parameter.device)
+    options = {"rank": world.rank, "world_size": world.size, "num_workers": num_workers}
+    loader = eval_loader(Selection(task.source, counted), transform, batch_size, **options)
     begin = time.perf_counter()
     competing = 0
     with torch.inference_mode():
-        for batch in eval_loader(Selection(task.source, counted), transform, batch_size, num_workers=num_workers):
+        for batch in loader:
             logits = watch(model, batch["image"].to(parameter.device, parameter.dtype)).float()
             labels = task.labels_of(batch, counted)
             logits = _competing(logits, task)
             competing = logits.shape[1]
             top1.update(count_hits(logits, labels, 1).double())
             top5.update(count_hits(logits, labels, min(5, competing)).double())
+    speed = world.sum_(torch.tensor(watch.throughput, device=parameter.device)).item()
     return Result(
         protocol,
         location,
@@ -309,7 +318,7 @@ def evaluate(
         top1=100 * top1.compute().item(),
         top5=100 * top5.compute().item() if competing > 5 else None,
         total_throughput=len(counted) / (time.perf_counter() - begin),
-        model_throughput=watch.throughput,
+        model_throughput=speed or None,
     )
 
 
@@ -338,7 +347,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--split", default="val", help="of protocol folder (default %(default)s)")
     parser.add_argument("--batch-size", type=int, default=64, help="images per forward pass (default %(default)s)")
     parser.add_argument("--num-workers", type=int, default=0, help="loader processes (default %(default)s)")
-    parser.add_argument("--device", help="torch device (default: the GPU where there is one)")
+    parser.add_argument("--device", default="auto", help="torch device (default: this process's GPU, else cpu)")
     parser.add_argument("--dtype", choices=tuple(_DTYPES), default="float32", help="of the model (default %(default)s)")
     parser.add_argument("--csv", metavar="FILE", help="write the table")
     parser.add_argument("--json", metavar="FILE", help="write the table and what it was measured with")
@@ -351,12 +360,17 @@ def add_command(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    """Evaluate a classifier: top-1 and top-5 in percent, and images per second, of the model alone and with reading."""
-    from eva02.data import EvalTransform
-
+    """Evaluate a classifier: top-1 and top-5 in percent, and images per second, of the model alone and with reading.
+    Under torchrun the processes share the images."""
     if args.batch_size < 1:
         raise ValueError(f"--batch-size must be positive, got {args.batch_size}")
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with started(args.device) as world:
+        _evaluate_all(args, world)
+
+
+def _evaluate_all(args: argparse.Namespace, world: World) -> None:
+    from eva02.data import EvalTransform
+
     tasks = []
     for item in args.data:  # all are opened before the first is evaluated: a wrong path is told at once
         protocol, separator, location = item.partition("=")
@@ -364,20 +378,24 @@ def _run(args: argparse.Namespace) -> None:
             protocol, location = "folder", item
         tasks.append((protocol, location, open_task(protocol, location, args)))
     model, report = load_model(args.model, args.checkpoint, **overrides(args), **loading(args))
-    print(report)
-    model.eval().to(device, _DTYPES[args.dtype])
+    model.eval().to(world.device, _DTYPES[args.dtype])
+    if world.is_main:
+        print(report, _HEADER, sep="\n")
     transform = EvalTransform(model.img_size, args.crop, args.crop_pct)
     results = []
     for protocol, location, task in tasks:
-        options = {"batch_size": args.batch_size, "num_workers": args.num_workers}
+        options = {"batch_size": args.batch_size, "num_workers": args.num_workers, "world": world}
         results.append(evaluate(model, task, transform, protocol=protocol, location=location, **options))
-        print(_line(results[-1]) if len(results) > 1 else f"{_HEADER}\n{_line(results[-1])}")
+        if world.is_main:
+            print(_line(results[-1]))
+    if not world.is_main:
+        return
     if args.csv:
         with atomic_file(args.csv) as file:
             file.write(_as_csv(results).encode())
     if args.json:
         with atomic_file(args.json) as file:
-            file.write(json.dumps(_report(args, device, results), indent=1).encode())
+            file.write(json.dumps(_report(args, world, results), indent=1).encode())
 
 
 _HEADER = f"{'protocol':16} {'top-1':>7} {'top-5':>7} {'images':>7} {'img/s':>9} {'model img/s':>12}  location"
@@ -401,14 +419,15 @@ def _as_csv(results: Sequence[Result]) -> str:
     return text.getvalue()
 
 
-def _report(args: argparse.Namespace, device: str, results: Sequence[Result]) -> dict[str, Any]:
+def _report(args: argparse.Namespace, world: World, results: Sequence[Result]) -> dict[str, Any]:
     keys = ("model", "checkpoint", "crop", "crop_pct", "batch_size", "num_workers", "dtype")
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor() or "cpu"
+    on_gpu = world.device.type == "cuda"
     return {
         **{key: getattr(args, key) for key in keys},
         **overrides(args),
         **loading(args),
-        "device": name,
+        "device": torch.cuda.get_device_name(world.device) if on_gpu else platform.processor() or "cpu",
+        "processes": world.size,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "results": [dataclasses.asdict(result) for result in results],

@@ -12,6 +12,7 @@ import torch
 from eva02.images import find_images, load_image
 from eva02.options import LAYOUTS, loading, loading_options, model_options, overrides
 from eva02.runs import load_model
+from eva02.train.distributed import choose_device
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -31,7 +32,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--checkpoint", help="weights: official, timm or mmpretrain (default: the run's)")
     parser.add_argument("--out", required=True, metavar="OUT", help="FILE.npz with 'features' and 'paths', or a folder")
     parser.add_argument("--batch-size", type=int, default=16, help="images per forward pass (default %(default)s)")
-    parser.add_argument("--device", default=None, help="torch device (default: this process's GPU, else cpu)")
+    parser.add_argument("--device", default="auto", help="torch device (default: this process's GPU, else cpu)")
     model_options(parser, classes=False)
     pooled = parser.add_argument_group("pooled features (--out FILE.npz)")
     pooled.add_argument("--crop", choices=("center", "squash"), default="center", help="default %(default)s")
@@ -60,8 +61,7 @@ def _run(args: argparse.Namespace) -> None:
     others are verified and kept. Under torchrun the processes share the shards."""
     if args.batch_size < 1:
         raise ValueError(f"--batch-size must be positive, got {args.batch_size}")
-    if args.device is None:
-        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    args.device = choose_device(args.device)
     if args.out.endswith(".npz"):
         _write_pooled(args)
     else:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -192,3 +194,22 @@ def test_evaluate_command(tmp_path, capsys):
     assert float(row["top1"]) == pytest.approx(100 * hits / 360)
     assert main([*arguments[:1], "imagenet-z=/nowhere", *arguments[2:]]) == 1
     assert "unknown protocol 'imagenet-z'" in capsys.readouterr().err
+
+
+@pytest.mark.full
+def test_processes_share_the_images(tmp_path):
+    model = eva02.create_model("eva02_tiny_patch14_224", img_size=28, num_classes=10, depth=12).eval()
+    nn.init.normal_(model.head.weight)
+    eva02.save_checkpoint(model, tmp_path / "model.safetensors")
+    arguments = ["evaluate", "digits", "--model", "eva02_tiny_patch14_224", "--img-size", "28", "--num-classes", "10"]
+    arguments += ["--checkpoint", str(tmp_path / "model.safetensors"), "--batch-size", "59", "--device", "cpu"]
+    assert main([*arguments, "--json", str(tmp_path / "one.json")]) == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, "-m", "eva02", *arguments, "--json", str(tmp_path / "two.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("digits") == 1  # one of them prints
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert (one["processes"], two["processes"]) == (1, 2)
+    for key in ("images", "top1", "top5"):
+        assert one["results"][0][key] == pytest.approx(two["results"][0][key])
