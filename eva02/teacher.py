@@ -164,7 +164,10 @@ def create_teacher(
         raise FileNotFoundError(f"no checkpoint of the teacher at {checkpoint}")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = _LIBRARIES[library](model_name, checkpoint, img_size)
+        try:
+            model = _LIBRARIES[library](model_name, checkpoint, img_size)
+        except RuntimeError as error:  # timm's and open_clip's word for an unknown name and for weights that do not fit
+            raise ValueError(f"the teacher {name} with {checkpoint}: {error}") from error
     teacher = Teacher(model, name)
     if patch and library != "eva02":
         from eva02_kernels.patching import patch as patch_modules

@@ -115,6 +115,8 @@ def test_teachers_by_name(tmp_path):
         create_teacher(TINY)
     with pytest.raises(FileNotFoundError, match="no checkpoint of the teacher at nowhere"):
         create_teacher(TINY, "nowhere")
+    with pytest.raises(ValueError, match=r"the teacher timm:eva03 with random: Unknown model"):
+        create_teacher("timm:eva03", "random")
     with pytest.raises(ValueError, match="unknown library 'jax'"):
         create_teacher("jax:vit", "random")
 
