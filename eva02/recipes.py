@@ -122,10 +122,9 @@ class Run:
 @dataclasses.dataclass(frozen=True)
 class Mim:
     teacher: str = ""
-    """Whose features are predicted: a name that `eva02.teacher.create_teacher` knows, or the folder of a finished
-    `eva02 finetune` run."""
-    teacher_checkpoint: str = ""
-    """The teacher's weights: a file, or for open_clip a tag of its own; a run's folder brings its own."""
+    """Whose features are predicted: a name that `eva02.teacher.create_teacher` knows, or the folder of a run."""
+    teacher_checkpoint: str | None = None
+    """The teacher's weights: a file, or for open_clip a tag of its own; None are those of the run."""
     teacher_cache: str | None = None
     """Folder of features written by `eva02 features` instead of a teacher that runs."""
     num_masked: int | None = None
@@ -139,7 +138,7 @@ class Mim:
 @dataclasses.dataclass(frozen=True)
 class Finetune:
     init: str | None = None
-    """Checkpoint to start from, of any supported layout; None starts from scratch."""
+    """Checkpoint to start from, of any supported layout, or the folder of a run; None starts from scratch."""
     init_resize: Literal["timm", "official"] = "official"
     """Rule for resizing position embedding and patch kernel."""
     mim_norm: Literal["fc_norm", "fresh"] = "fresh"
@@ -612,7 +611,7 @@ _PRESETS: dict[str, Recipe] = {
 }
 
 # Not published: small enough for a CPU, on scikit-learn's digits.
-_DIGITS_MODEL: dict[str, Any] = {"img_size": 16, "patch_size": 2, "embed_dim": 96, "num_heads": 3, "depth": 4}
+_DIGITS_MODEL: dict[str, Any] = {"img_size": 12, "patch_size": 2, "embed_dim": 96, "num_heads": 3, "depth": 4}
 _DIGITS_DATA: dict[str, Any] = {
     "source": "digits",
     "val": "digits",

@@ -483,7 +483,7 @@ def test_fine_tuned_run_as_teacher(tmp_path, capsys):
     assert main(command) == 1
     assert "features are 32 wide, model.mim_dim is 96" in capsys.readouterr().err
     assert main([*command, "--set", "model.mim_dim=32", "--set", "data.val=digits"]) == 0
-    init = f"{student}/model.safetensors"
+    init = student
     assert main(["finetune", "--preset", "eva02_digits", "--output", out, "--init", init, *small]) == 0
     evaluations = [line for line in read_log(tmp_path / "student" / "log.jsonl") if line.get("kind") == "evaluation"]
     assert -1 <= evaluations[-1]["loss"] <= 1

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import eva02
 from eva02.recipes import FinetuneRecipe
+from eva02.runs import is_run
 from eva02.train import command
 from eva02.train.distributed import World
 from eva02.train.loop import Batch, Task
@@ -79,8 +80,9 @@ def build(recipe: FinetuneRecipe, world: World, *, with_data: bool = True) -> tu
         options["drop_path_rate"] = 0.0
     model = eva02.create_model(recipe.model.name, **options)
     if finetune.init and with_data:
+        file = f"{finetune.init}/model.safetensors" if is_run(finetune.init) else finetune.init
         report = eva02.load_checkpoint(
-            model, finetune.init, resize=finetune.init_resize, head="fresh", mim_norm=finetune.mim_norm
+            model, file, resize=finetune.init_resize, head="fresh", mim_norm=finetune.mim_norm
         )
         if world.is_main:
             print(report)
@@ -135,7 +137,7 @@ def add_command(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=command.presets_text("finetune"),
     )
-    parser.add_argument("--init", metavar="FILE", help="checkpoint to start from, of any supported layout")
+    parser.add_argument("--init", metavar="PATH", help="checkpoint to start from, of any layout, or a run's folder")
     parser.add_argument("--linear-probe", action="store_const", const=True, help="train the classifier alone")
     flags = {"init": "finetune.init", "linear_probe": "finetune.linear_probe"}
     command.add_arguments(parser, flags)

@@ -22,9 +22,6 @@ from eva02_kernels import masked_cosine_loss
 if TYPE_CHECKING:
     from eva02.data import Source
 
-Teacher = Callable[[Tensor], Tensor]
-"""Images (B, 3, H, W) -> features of all patches (B, P, D). Called without gradients, under the run's autocast."""
-
 
 class MimTask(Task):
     """Negative cosine between the student's predictions and the teacher's features of masked patches.
@@ -33,7 +30,8 @@ class MimTask(Task):
 
     Args:
         model: the student.
-        teacher: None where every batch brings features.
+        teacher: images (B, 3, H, W) -> features of all patches (B, P, D), called without gradients under the run's
+            autocast. None where every batch brings features.
         validation: batches with "image" and "mask", made anew by each call; None evaluates nothing.
     """
 
@@ -41,7 +39,7 @@ class MimTask(Task):
     model: Eva02Mim
 
     def __init__(
-        self, model: Eva02Mim, teacher: Teacher | None = None, validation: Callable[[World], Any] | None = None
+        self, model: Eva02Mim, teacher: nn.Module | None = None, validation: Callable[[World], Any] | None = None
     ) -> None:
         self.model, self.teacher, self.validation = model, teacher, validation
 
@@ -77,8 +75,8 @@ class MimTask(Task):
         student = 3 * forward_flops(self.model.config)
         if self.teacher is None:
             return student
-        teacher = getattr(self.teacher, "forward_flops", None)
-        return None if teacher is None else student + teacher
+        patches = self.model.config.grid[0] * self.model.config.grid[1]
+        return student + _teacher_flops(self.teacher, patches + 1)
 
     def evaluate(self, model: nn.Module, world: World) -> dict[str, float]:
         """Loss on validation images under a fixed mask."""
@@ -135,6 +133,16 @@ def build(recipe: PretrainRecipe, world: World, *, with_data: bool = True) -> tu
     return MimTask(model, teacher, validation), loader
 
 
+def _teacher_flops(teacher: nn.Module, tokens: int) -> int:
+    """Of one image. Where the tower is not ours: its matrices alone, without the products of tokens with each other,
+    which are 3 % of EVA-CLIP g/14's."""
+    config = getattr(getattr(teacher, "tower", None), "config", None)
+    if isinstance(config, ModelConfig):
+        return forward_flops(config)
+    matrices = (module.weight for module in teacher.modules() if isinstance(module, (nn.Linear, nn.Conv2d)))
+    return 2 * tokens * sum(weight.numel() for weight in matrices)
+
+
 def _cached(source: Source, folder: str, config: ModelConfig) -> Source:
     from eva02.teacher_cache import TeacherCache
 
@@ -148,7 +156,7 @@ def _cached(source: Source, folder: str, config: ModelConfig) -> Source:
     return cache
 
 
-def load_teacher(recipe: PretrainRecipe, world: World) -> Teacher:
+def load_teacher(recipe: PretrainRecipe, world: World) -> nn.Module:
     """The recipe's teacher, on the process's device, in the run's precision.
 
     Raises:
@@ -156,11 +164,11 @@ def load_teacher(recipe: PretrainRecipe, world: World) -> Teacher:
     """
     mim, config = recipe.mim, recipe.model.config()
     if not mim.teacher:
-        raise ValueError("--teacher is needed: a CLIP vision tower, or the folder of a finished 'eva02 finetune' run")
+        raise ValueError("--teacher is needed: a CLIP vision tower, or the folder of a training run")
     from eva02.teacher import create_teacher
 
     dtype = getattr(torch, recipe.run.precision)
-    teacher = create_teacher(mim.teacher, mim.teacher_checkpoint or None, device=world.device, dtype=dtype)
+    teacher = create_teacher(mim.teacher, mim.teacher_checkpoint, device=world.device, dtype=dtype)
     if teacher.dim != config.mim_dim:
         raise ValueError(f"the teacher's features are {teacher.dim} wide, model.mim_dim is {config.mim_dim}")
     if teacher.img_size != config.image_hw:
@@ -176,7 +184,7 @@ def add_command(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=command.presets_text("pretrain"),
     )
-    parser.add_argument("--teacher", help="tower whose features are predicted, or a finetune run's folder")
+    parser.add_argument("--teacher", help="tower whose features are predicted, or a run's folder")
     parser.add_argument("--teacher-checkpoint", metavar="FILE", help="its weights (mim.teacher_checkpoint)")
     parser.add_argument("--teacher-cache", metavar="DIR", help="features written by 'eva02 features'")
     flags = {

@@ -22,15 +22,20 @@ SECTIONS = ("data", "teacher", "student")
 def forward_flops(config: ModelConfig) -> int:
     """Floating-point operations of one image's forward: two for each multiply-add of its matrix products.
 
-    A MIM head counts for EVA-02's share of masked patches, 105 of 256.
+    In pre-training the last block's rows and the head's are EVA-02's share of masked patches, 105 of 256.
     """
     rows, columns = config.grid
-    patches, dim, hidden = rows * columns, config.embed_dim, config.hidden_features
+    patches, dim, depth = rows * columns, config.embed_dim, config.depth
     tokens = patches + 1
-    products = 4 * dim**2 + (3 if config.swiglu_mlp else 2) * dim * hidden + 2 * tokens * dim
-    head = patches * 105 // 256 * config.mim_dim if config.head == "mim" else config.num_classes
-    patch = patches * config.in_chans * config.patch_hw[0] * config.patch_hw[1]
-    return 2 * (config.depth * tokens * products + dim * (patch + head))
+    attention = 3 * dim**2 + 2 * tokens * dim
+    after = dim**2 + (3 if config.swiglu_mlp else 2) * dim * config.hidden_features
+    patch = patches * config.in_chans * config.patch_hw[0] * config.patch_hw[1] * dim
+    if config.head == "mim":
+        masked = patches * 105 // 256
+        read, head = tokens * (depth - 1) + masked, masked * dim * config.mim_dim
+    else:
+        read, head = tokens * depth, dim * config.num_classes
+    return 2 * (depth * tokens * attention + read * after + patch + head)
 
 
 def measured_peak(device: torch.device, precision: str) -> tuple[float, str] | None:
