@@ -66,6 +66,22 @@ def test_block_masks_are_unions_of_blocks():
     assert changes < 120
 
 
+def test_first_blocks():
+    """What the algorithm says of one rectangle: sides under 16, any place where it fits, areas from 16 to 105."""
+    mask, blocks = BlockMask(), []
+    for seed in range(3000):
+        patches = np.zeros((16, 16), dtype=bool)
+        added = mask._add_block(patches, 105, np.random.default_rng(seed))
+        rows, columns = np.flatnonzero(patches.any(1)), np.flatnonzero(patches.any(0))
+        assert added == patches.sum() == len(rows) * len(columns)
+        blocks.append((rows[0], rows[-1], columns[0], columns[-1], added))
+    top, bottom, left, right, area = np.array(blocks).T
+    for first, last in ((top, bottom), (left, right)):
+        assert (last - first + 1).max() == 15
+        assert abs((first == 0).sum() - (last == 15).sum()) < 4 * np.sqrt((first == 0).sum())
+    assert area.max() == 105 and 14 <= area.min() < 18  # sides are rounded
+
+
 def test_validation_mask():
     mask = every_other((16, 16))
     assert mask.sum() == 128 and mask[0] and not mask[1] and mask[254]

@@ -35,6 +35,10 @@ def our_tower():
     return eva02.create_model(TINY, depth=1, img_size=32, patch_size=16, num_classes=24, global_pool="token")
 
 
+def our_tower_that_averages():
+    return eva02.create_model(TINY, depth=1, img_size=32, patch_size=16, num_classes=24)
+
+
 def open_clip_tower():
     transformer = pytest.importorskip("open_clip.transformer")
     return transformer.VisionTransformer(32, 16, 64, 2, 2, 4.0, output_dim=24)
@@ -56,7 +60,8 @@ def trunk_behind_a_projection():
     return adapter
 
 
-TOWERS = [timm_tower, our_tower, open_clip_tower, transformers_tower, trunk_behind_a_projection]
+OURS = [our_tower, our_tower_that_averages]
+TOWERS = [timm_tower, *OURS, open_clip_tower, transformers_tower, trunk_behind_a_projection]
 
 
 @pytest.mark.parametrize("make", TOWERS)
@@ -315,7 +320,7 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, how):
 
 
 _VICTIM = """
-import os, sys
+import os, resource, signal, sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from test_teacher import write
@@ -325,6 +330,10 @@ torch.set_num_threads(1)
 for line in sys.stdin:  # one child, to be killed, for each line
     child = os.fork()
     if child == 0:
+        if line.strip():  # the system kills it as it writes this byte of a file
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (int(line), int(line)))
         write(Path({root!r}), delay=0.01)
         os._exit(0)
     print(child, flush=True)
@@ -334,7 +343,8 @@ for line in sys.stdin:  # one child, to be killed, for each line
 
 
 def survive_kills(tmp_path: Path, kills: int, seed: int) -> None:
-    """Kill a writer at `kills` random moments of its work; then the cache has to be what it is without kills."""
+    """Kill a writer at `kills` random moments of its work, and at as many random bytes of a file that it writes; then
+    the cache has to be what it is without kills."""
     write(tmp_path / "whole")
     expected = shards_of(tmp_path / "whole")
     root = tmp_path / "cache"
@@ -343,15 +353,17 @@ def survive_kills(tmp_path: Path, kills: int, seed: int) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as victim:
-        for kill in range(kills):
-            if kill % 3 == 0:  # else what the last one left is continued
+        for kill in range(2 * kills):
+            if kill % 6 == 0:  # else what the last one left is continued
                 for path in root.rglob("*.safetensors"):
                     path.unlink()
-            victim.stdin.write("\n")
+            by_system = kill % 2 == 1
+            victim.stdin.write(f"{rng.integers(1, min(map(len, expected.values())))}\n" if by_system else "\n")
             victim.stdin.flush()
             child = int(victim.stdout.readline())
-            time.sleep(rng.uniform(0, 0.6))
-            os.kill(child, signal.SIGKILL)
+            if not by_system:
+                time.sleep(rng.uniform(0, 0.6))
+                os.kill(child, signal.SIGKILL)
             assert victim.stdout.readline() == "gone\n"
             for name, content in shards_of(root).items():  # whatever stands there is whole
                 assert content == expected[name]
