@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import eva02
+import eva02.clip
 from eva02.images import CLIP_MEAN, CLIP_STD
 from eva02.runs import is_run, load_model
 
@@ -142,8 +143,9 @@ def create_teacher(
     """Build a teacher by name and load its weights.
 
     Args:
-        name: a model of `eva02 info`, "timm:eva_giant_patch14_clip_224", "open_clip:EVA01-g-14", or the folder of a
-            training run, whose classifier is left out.
+        name: a vision model of ours, the vision tower of "EVA01-CLIP-g-14" and the like, one of another library
+            ("timm:eva_giant_patch14_clip_224", "open_clip:EVA01-g-14"), or the folder of a training run, whose
+            classifier is left out.
         checkpoint: file with its weights; for open_clip also a tag of its own; "random" for weights drawn with seed 0,
             the same in every process; None for a run's own.
         img_size: pixels; None for the name's.
@@ -162,8 +164,8 @@ def create_teacher(
         raise ValueError(f"the checkpoint of the teacher {name} is needed, or {RANDOM!r}")
     if checkpoint not in (None, RANDOM) and library != "open_clip" and not Path(str(checkpoint)).is_file():
         raise FileNotFoundError(f"no checkpoint of the teacher at {checkpoint}")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
         try:
             model = _LIBRARIES[library](model_name, checkpoint, img_size)
         except RuntimeError as error:  # timm's and open_clip's word for an unknown name and for weights that do not fit
@@ -178,6 +180,11 @@ def create_teacher(
 
 def _from_eva02(name: str, checkpoint: str | None, img_size: Any) -> nn.Module:
     options: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
+    if name in eva02.clip.list_models():
+        tower = eva02.Eva02(eva02.clip.clip_config(name, **options).vision)
+        if checkpoint != RANDOM:
+            eva02.load_checkpoint(tower, str(checkpoint))
+        return tower
     if checkpoint == RANDOM:
         return eva02.create_model(name, **options)
     if is_run(name):

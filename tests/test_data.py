@@ -132,7 +132,7 @@ def test_epochs_are_permutations_that_differ():
 
 
 @pytest.mark.parametrize("transform", [MIM, FinetuneTransform(SIZE)])
-def test_global_generators_do_not_move(transform):
+def test_global_generators_do_not_move(transform, monkeypatch):
     def draws():
         return random.random(), np.random.random(), torch.rand(()).item()
 
@@ -144,6 +144,7 @@ def test_global_generators_do_not_move(transform):
     seed()
     expected = draws()
     seed()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("a GPU's generator was seeded"))
     first = take(TrainLoader(source_of(), transform, 8), 2)
     assert draws() == expected
     assert_same(take(TrainLoader(source_of(), transform, 8), 2), first)

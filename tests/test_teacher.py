@@ -126,6 +126,18 @@ def test_teachers_by_name(tmp_path):
         create_teacher("jax:vit", "random")
 
 
+def test_our_clip_towers_teach(tmp_path):
+    """EVA-02's teacher by its name, cut down: the vision tower out of a file of both towers."""
+    model = eva02.clip.create_model("EVA02-CLIP-B-16", depth=1, img_size=32, text={"depth": 1})
+    eva02.save_checkpoint(model, tmp_path / "clip.safetensors")
+    whole = eva02.clip.clip_config("EVA01-CLIP-g-14").vision
+    assert (whole.num_classes, whole.grid) == (1024, (16, 16))
+    tower = eva02.Eva02(model.config.vision)
+    eva02.load_checkpoint(tower, tmp_path / "clip.safetensors")
+    images = torch.randn(1, 3, 32, 32)
+    assert torch.equal(Teacher(tower)(images), Teacher(model)(images)) and Teacher(tower).dim == 512
+
+
 def test_what_is_no_teacher_is_refused():
     with pytest.raises(TypeError, match="Linear is no vision tower that is known here"):
         Teacher(nn.Linear(2, 2))

@@ -33,7 +33,7 @@ def seeded(rng: np.random.Generator) -> Iterator[None]:
     seed = int(rng.integers(2**32))
     random.seed(seed)
     np.random.seed(seed)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs' too
     try:
         yield
     finally:
