@@ -88,7 +88,7 @@ def _write_pooled(args: argparse.Namespace) -> None:
 
 
 def _write_cache(args: argparse.Namespace) -> None:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
 
     from eva02.data import BadImages, open_source
     from eva02.teacher import create_teacher
@@ -115,7 +115,11 @@ def _write_cache(args: argparse.Namespace) -> None:
         rank=rank,
         world_size=world_size,
     )
-    pending = writer.pending()
+    pending = []
+    for shard, reason in writer.pending(track(writer.shards, "verifying", disable=rank > 0)):
+        pending.append(shard)
+        if not reason.endswith("is missing"):
+            print(f"{reason}; it is written again")
     total = sum(len(span) for _, span in pending)
     needed, free = total * writer.spec.sample_bytes, shutil.disk_usage(args.out).free
     print(

@@ -18,7 +18,7 @@ import dataclasses
 import json
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -264,10 +264,17 @@ class CacheWriter:
         if differing:
             raise CacheError(f"{self.root} holds another cache: {'; '.join(differing)}")
 
-    def pending(self) -> list[tuple[int, range]]:
-        """This process's shards that are missing or damaged. Reads every other one."""
-        mine = self.spec.shards[self.rank :: self.world_size]
-        return [shard for shard in mine if damage(self.root, self.spec, shard) is not None]
+    @property
+    def shards(self) -> list[tuple[int, range]]:
+        """View and samples of this process's shards."""
+        return self.spec.shards[self.rank :: self.world_size]
+
+    def pending(self, shards: Iterable[tuple[int, range]] | None = None) -> Iterator[tuple[tuple[int, range], str]]:
+        """Those of some shards (all of this process's) that have to be written, and why. Reads the others whole."""
+        for shard in self.shards if shards is None else shards:
+            reason = damage(self.root, self.spec, shard)
+            if reason is not None:
+                yield shard, reason
 
     def write(
         self, pending: Sequence[tuple[int, range]], *, batch_size: int = 64, num_workers: int = 0

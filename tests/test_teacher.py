@@ -183,7 +183,7 @@ def source_of(count: int = 22, seed: int = 0) -> ArraySource:
 def write(root, source=None, delay=0.0, **options):
     options = {"crops": 2, "shard_size": 8, "seed": 3, **options}
     writer = CacheWriter(root, source or source_of(), Teacher(Toy(delay), "toy"), **options)
-    pending = writer.pending()
+    pending = [shard for shard, _ in writer.pending()]
     bad = [name for _, names in writer.write(pending, batch_size=3) for name in names]
     return pending, bad
 
@@ -300,7 +300,7 @@ def test_features_that_are_not_finite_are_not_written(tmp_path):
     writer = CacheWriter(tmp_path, source_of(), teacher)
     teacher.tower.weight.data.fill_(float("inf"))
     with pytest.raises(ValueError, match=r"not finite in torch\.float32"):
-        list(writer.write(writer.pending()))
+        list(writer.write(writer.shards))
     assert not shards_of(tmp_path)
 
 
@@ -382,7 +382,7 @@ def survive_kills(tmp_path: Path, kills: int, seed: int) -> None:
         victim.stdin.close()
     write(root)
     assert shards_of(root) == expected
-    assert not list(root.rglob("*.tmp"))
+    assert not list(root.rglob("*.safetensors.*.tmp"))
 
 
 def test_killed_writers(tmp_path):
@@ -434,6 +434,11 @@ def test_features_command_writes_a_cache(tmp_path, capsys):
     assert "skipped" in out and "cannot identify image file" in out
     spec = CacheSpec.load(tmp_path / "cache" / "cache.json")
     assert dataclasses.asdict(spec)["dtype"] == "fp8" and spec.teacher.startswith(TINY)
+    shard = tmp_path / "cache" / "crop-0001" / "00000000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert main(arguments) == 0
+    out = capsys.readouterr().out.replace("\n", "")
+    assert "1 of 4 shards to write" in out and "00000000.safetensors is damaged" in out and "it is written again" in out
     assert main(arguments) == 0
     assert "0 of 4 shards to write" in capsys.readouterr().out
     assert main([*arguments[:-1], "8"]) == 1
