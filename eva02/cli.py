@@ -10,10 +10,11 @@ from typing import cast
 
 import eva02
 from eva02 import evaluate, features
-from eva02.options import LAYOUTS, loading, loading_options, model_options, overrides
+from eva02.checkpoint import command as convert
+from eva02.options import model_options, overrides
 from eva02.train import finetune, pretrain
 
-_COMMANDS = (features, pretrain, finetune, evaluate)
+_COMMANDS = (convert, features, pretrain, finetune, evaluate)
 """Modules that have a command of their own: `add_command(commands)` adds its parser, whose default `run` is called."""
 
 
@@ -26,16 +27,6 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--json", action="store_true", help="print JSON")
     model_options(info)
     info.set_defaults(run=_info)
-
-    convert = commands.add_parser(
-        "convert", help="rewrite a checkpoint in timm's layout", description=_convert.__doc__, epilog=LAYOUTS
-    )
-    convert.add_argument("source", metavar="IN", help=".pt, .pth or .safetensors: official, timm or mmpretrain")
-    convert.add_argument("target", metavar="OUT", help=".safetensors (or .pt)")
-    convert.add_argument("--model", help="check the result against this model and resize to it")
-    model_options(convert)
-    loading_options(convert)
-    convert.set_defaults(run=_convert)
 
     for module in _COMMANDS:
         module.add_command(commands)
@@ -76,17 +67,6 @@ def _info(args: argparse.Namespace) -> None:
             f"{row['name']:30} {row['params']:12,} {image:>9} {patch:>6} {row['embed_dim']:5} {row['depth']:5} "
             f"{row['num_heads']:5} {row['hidden']:6} {row['head'] or '-'}"
         )
-
-
-def _convert(args: argparse.Namespace) -> None:
-    """Rewrite a checkpoint in timm's layout. Without --model only names change; with it the result is checked against
-    the model, and position embedding and patch kernel are resized to it."""
-    model = None
-    if args.model:
-        model = eva02.create_model(args.model, device="meta", **overrides(args))
-    elif overrides(args):
-        raise ValueError("--img-size, --patch-size, --num-classes and --mim need --model")
-    print(eva02.convert_checkpoint(args.source, args.target, model=model, **loading(args)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
