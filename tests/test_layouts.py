@@ -184,7 +184,7 @@ def test_clip_towers_begin_from_pre_training(tmp_path):
     """Its norms inside attention are new; position embedding and patches are resized."""
     source = eva02.create_model(MODELS["sub-LN"], head="mim", **SIZE)
     path = saved(tmp_path / "mim.pt", to_asuka(source.state_dict()))
-    model = eva02.clip.create_model(CLIPS["sub-LN"], text=TEXT, **{**SIZE, "patch_size": 16, "img_size": 64})
+    model = eva02.clip.create_model(CLIPS["sub-LN"], text=TEXT, **{**SIZE, "patch_size": 16, "img_size": 80})
     report = eva02.load_checkpoint(model.visual, path)
     inner_norms = {f"blocks.{i}.attn.norm.{p}" for i in range(2) for p in ("weight", "bias")}
     assert set(report.fresh) == {"head.weight", "head.bias"} | inner_norms
