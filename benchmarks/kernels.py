@@ -216,6 +216,11 @@ def _cosine(index: bool, *, target_trains: bool = False) -> Callable[[Inputs], A
     return make
 
 
+def _pairs(i: Inputs) -> Arguments:
+    embedding = 512 if i.shape.dim < 1024 else 1024
+    return (i.tensor(4096, embedding), i.tensor(4096, embedding), i.parameter(1)), {}
+
+
 def _linear(scales: bool) -> Callable[[Inputs], Arguments]:
     def make(i: Inputs) -> Arguments:
         dim, kwargs = i.shape.dim, {"residual": i.rows()}
@@ -312,9 +317,10 @@ CASES = (
     Case("masked_cosine_loss", "rows", ("base",), _cosine(False), rows=True),
     Case("masked_cosine_loss", "index", ("base",), _cosine(True), quick=("base",), rows=True),
     Case("masked_cosine_loss", "target", ("base",), _cosine(True, target_trains=True), quick=("base",)),
+    Case("clip_loss", "pairs", ("base", "enormous"), _pairs, quick=("base",)),
 )  # fmt: skip
 # Their kernels multiply matrices, where TF32 is another choice.
-PRODUCTS = ("rope_attention", "rope_attention_packed", "qkv_rope", "linear", "swiglu_mlp", "gelu_mlp")
+PRODUCTS = ("rope_attention", "rope_attention_packed", "qkv_rope", "linear", "swiglu_mlp", "gelu_mlp", "clip_loss")
 
 
 # ---- compiling -------------------------------------------------------------------------------------------------------

@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
                 seconds = time.perf_counter() - start
             lanes = sum(r.counters.lane_instructions for r in reports)
             rows.append({"case": name, "threads": threads, "seconds": round(seconds, 4), "lane_instructions": lanes})
-            lines.append([name, threads, f"{seconds:.2f}", f"{lanes / 1e6:.1f}", f"{lanes / seconds / 1e6:.0f}"])
+            lines.append([name, str(threads), f"{seconds:.2f}", f"{lanes / 1e6:.1f}", f"{lanes / seconds / 1e6:.0f}"])
     print_table("the simulator", ("case", "threads", "s", "M lane instr.", "M lane instr./s"), lines)
     if args.json:
         write_json(args.json, {"environment": environment("cpu"), "rows": rows})

@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from typing import cast
 
 import eva02
-from eva02 import features
-from eva02.options import LAYOUTS, loading, loading_options, model_options, overrides
+from eva02 import evaluate, features
+from eva02.checkpoint import command as convert
+from eva02.options import model_options, overrides
+from eva02.train import finetune, pretrain
 
-_COMMANDS = (features,)
+_COMMANDS = (convert, features, pretrain, finetune, evaluate)
 """Modules that have a command of their own: `add_command(commands)` adds its parser, whose default `run` is called."""
 
 
@@ -25,16 +27,6 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--json", action="store_true", help="print JSON")
     model_options(info)
     info.set_defaults(run=_info)
-
-    convert = commands.add_parser(
-        "convert", help="rewrite a checkpoint in timm's layout", description=_convert.__doc__, epilog=LAYOUTS
-    )
-    convert.add_argument("source", metavar="IN", help=".pt, .pth or .safetensors: official, timm or mmpretrain")
-    convert.add_argument("target", metavar="OUT", help=".safetensors (or .pt)")
-    convert.add_argument("--model", help="check the result against this model and resize to it")
-    model_options(convert)
-    loading_options(convert)
-    convert.set_defaults(run=_convert)
 
     for module in _COMMANDS:
         module.add_command(commands)
@@ -77,23 +69,11 @@ def _info(args: argparse.Namespace) -> None:
         )
 
 
-def _convert(args: argparse.Namespace) -> None:
-    """Rewrite a checkpoint in timm's layout. Without --model only names change; with it the result is checked against
-    the model, and position embedding and patch kernel are resized to it."""
-    model = None
-    if args.model:
-        model = eva02.create_model(args.model, device="meta", **overrides(args))
-    elif overrides(args):
-        raise ValueError("--img-size, --patch-size, --num-classes and --mim need --model")
-    print(eva02.convert_checkpoint(args.source, args.target, model=model, **loading(args)))
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; a user's mistake is one line on stderr and exit status 1."""
+    """Run the command; a user's mistake is one line on stderr and exit status 1. A command may have others."""
     args = _parser().parse_args(argv)
     try:
-        args.run(args)
-    except (ValueError, TypeError, OSError, ImportError) as error:
+        return args.run(args) or 0
+    except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
         print(f"eva02 {args.command}: {error}", file=sys.stderr)
         return 1
-    return 0

@@ -15,7 +15,7 @@ class ModelConfig:
     """Everything that decides a model's parameters and its function. Names are those of timm's `Eva`.
 
     Sizes are in pixels, grids in patches. Fields of ours, unknown to timm: `head`, `mim_dim`, `norm_eps`, `recompute`,
-    `patch_grad_scale`.
+    `patch_grad_scale`, `k_bias`.
     """
 
     img_size: Size = 224
@@ -33,6 +33,8 @@ class ModelConfig:
     scale_mlp: bool = False
     scale_attn_inner: bool = False
     drop_rate: float = 0.0
+    patch_drop_rate: float = 0.0
+    """Share of an image's patches that training leaves out, other ones in each step."""
     drop_path_rate: float = 0.0
     init_values: float | None = None
     use_abs_pos_emb: bool = True
@@ -50,6 +52,8 @@ class ModelConfig:
     """Width of the teacher's features that `lm_head` predicts."""
     norm_eps: float = 1e-6
     """1e-5 for models trained in mmpretrain itself."""
+    k_bias: bool = False
+    """Keys have a bias too, as in plain vision transformers and in no EVA-02."""
     recompute: bool = False
     """Feed-forward networks keep only their input for backward."""
     patch_grad_scale: float = 1.0
@@ -70,6 +74,12 @@ class ModelConfig:
             problems.append(f"head is 'classifier' or 'mim', got {self.head!r}")
         if not 0.0 <= self.drop_path_rate <= 1.0:
             problems.append(f"drop_path_rate must lie in [0, 1], got {self.drop_path_rate}")
+        if not 0.0 <= self.patch_drop_rate < 1.0:
+            problems.append(f"patch_drop_rate must lie in [0, 1), got {self.patch_drop_rate}")
+        if self.patch_drop_rate and self.head == "mim":
+            problems.append("patch_drop_rate is not for head='mim', which predicts patches")
+        if self.k_bias and self.use_rot_pos_emb:
+            problems.append("k_bias is for models without RoPE")
         if self.depth < 0 or self.num_classes < 0:
             problems.append(f"depth and num_classes cannot be negative, got {self.depth} and {self.num_classes}")
         if problems:
@@ -118,7 +128,7 @@ _SIZES: dict[str, dict[str, Any]] = {
     "base": {"embed_dim": 768, "depth": 12, "num_heads": 12, **_SUBLN},
     "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16, **_SUBLN},
 }
-# Default heads follow timm: none at 224 (MIM weights), 1000 classes above.
+# Default heads follow timm: none at 224 (MIM weights), 1000 classes above, an embedding for towers of CLIP.
 _VARIANTS: dict[str, ModelConfig] = {
     f"eva02_{size}_patch{patch}_{pixels}": ModelConfig(
         img_size=pixels, patch_size=patch, num_classes=0 if pixels == 224 else 1000, **fields
@@ -126,6 +136,29 @@ _VARIANTS: dict[str, ModelConfig] = {
     for size, fields in _SIZES.items()
     for patch in (14, 16)
     for pixels in (224, 336, 448)
+}
+_TOWER: dict[str, Any] = {"global_pool": "token", "scale_attn_inner": True}
+_GIANT: dict[str, Any] = {"embed_dim": 1408, "depth": 40, "num_heads": 16, "mlp_ratio": 6144 / 1408}
+_ENORMOUS: dict[str, Any] = {"embed_dim": 1792, "depth": 64, "num_heads": 16, "mlp_ratio": 15360 / 1792}
+_VARIANTS |= {
+    "eva02_base_patch16_clip_224": ModelConfig(patch_size=16, num_classes=512, **_SIZES["base"], **_TOWER),
+    "eva02_large_patch14_clip_224": ModelConfig(num_classes=768, **_SIZES["large"], **_TOWER),
+    "eva02_large_patch14_clip_336": ModelConfig(img_size=336, num_classes=768, **_SIZES["large"], **_TOWER),
+    "eva02_enormous_patch14_clip_224": ModelConfig(
+        num_classes=1024, global_pool="token", use_post_norm=True, **_ENORMOUS
+    ),
+    "eva_giant_patch14_clip_224": ModelConfig(num_classes=1024, global_pool="token", **_GIANT),
+    "eva_giant_patch14_224": ModelConfig(num_classes=1000, **_GIANT),
+    "eva_giant_patch14_336": ModelConfig(img_size=336, num_classes=1000, **_GIANT),
+    "eva_giant_patch14_560": ModelConfig(img_size=560, num_classes=1000, **_GIANT),
+    # Pre-trained as masked autoencoders are, from the visible patches alone: plain vision transformers.
+    "eva_mae_base_patch16_224": ModelConfig(patch_size=16, num_classes=1000, k_bias=True),
+    "eva_large_patch14_196": ModelConfig(
+        img_size=196, embed_dim=1024, depth=24, num_heads=16, num_classes=1000, k_bias=True
+    ),
+    "eva_large_patch14_336": ModelConfig(
+        img_size=336, embed_dim=1024, depth=24, num_heads=16, num_classes=1000, k_bias=True
+    ),
 }
 
 

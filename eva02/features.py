@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-import eva02
 from eva02.images import find_images, load_image
 from eva02.options import LAYOUTS, loading, loading_options, model_options, overrides
+from eva02.runs import load_model
+from eva02.train.distributed import choose_device
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -26,13 +27,12 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "images", nargs="+", metavar="IMAGES", help="files, or folders searched recursively; for a cache one data set"
     )
-    parser.add_argument(
-        "--model", required=True, help="name, see 'eva02 info'; for a cache also timm:NAME, open_clip:NAME"
-    )
-    parser.add_argument("--checkpoint", required=True, help="weights: official, timm or mmpretrain")
+    model_help = "see 'eva02 info', or the folder of a training run; for a cache also timm:NAME, open_clip:NAME"
+    parser.add_argument("--model", required=True, help=model_help)
+    parser.add_argument("--checkpoint", help="weights: official, timm or mmpretrain (default: the run's)")
     parser.add_argument("--out", required=True, metavar="OUT", help="FILE.npz with 'features' and 'paths', or a folder")
     parser.add_argument("--batch-size", type=int, default=16, help="images per forward pass (default %(default)s)")
-    parser.add_argument("--device", default=None, help="torch device (default: this process's GPU, else cpu)")
+    parser.add_argument("--device", default="auto", help="torch device (default: this process's GPU, else cpu)")
     model_options(parser, classes=False)
     pooled = parser.add_argument_group("pooled features (--out FILE.npz)")
     pooled.add_argument("--crop", choices=("center", "squash"), default="center", help="default %(default)s")
@@ -61,8 +61,7 @@ def _run(args: argparse.Namespace) -> None:
     others are verified and kept. Under torchrun the processes share the shards."""
     if args.batch_size < 1:
         raise ValueError(f"--batch-size must be positive, got {args.batch_size}")
-    if args.device is None:
-        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    args.device = choose_device(args.device)
     if args.out.endswith(".npz"):
         _write_pooled(args)
     else:
@@ -75,9 +74,10 @@ def _write_pooled(args: argparse.Namespace) -> None:
     paths = find_images(args.images)
     if not paths:
         raise ValueError("no image found")
-    model = eva02.create_model(args.model, num_classes=0, **overrides(args)).eval()
-    print(eva02.load_checkpoint(model, args.checkpoint, **loading(args)))
-    model.to(args.device)
+    pooling = {"head": "classifier", "num_classes": 0}
+    model, report = load_model(args.model, args.checkpoint, **{**overrides(args), **pooling}, **loading(args))
+    print(report)
+    model.eval().to(args.device)
     features = []
     with torch.inference_mode():
         for start in range(0, len(paths), args.batch_size):
@@ -88,7 +88,7 @@ def _write_pooled(args: argparse.Namespace) -> None:
 
 
 def _write_cache(args: argparse.Namespace) -> None:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
 
     from eva02.data import BadImages, open_source
     from eva02.teacher import create_teacher
@@ -115,7 +115,11 @@ def _write_cache(args: argparse.Namespace) -> None:
         rank=rank,
         world_size=world_size,
     )
-    pending = writer.pending()
+    pending = []
+    for shard, reason in writer.pending(track(writer.shards, "verifying", disable=rank > 0)):
+        pending.append(shard)
+        if not reason.endswith("is missing"):
+            print(f"{reason}; it is written again")
     total = sum(len(span) for _, span in pending)
     needed, free = total * writer.spec.sample_bytes, shutil.disk_usage(args.out).free
     print(

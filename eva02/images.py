@@ -64,14 +64,14 @@ def resize_crop(image: Image.Image, size: tuple[int, int], crop: str = "center",
     if not 0 < crop_pct <= 1:
         raise ValueError(f"crop_pct must lie in (0, 1], got {crop_pct}")
     height, width = size
-    wanted_height, wanted_width = height / crop_pct, width / crop_pct
-    if crop == "squash":
-        scaled = round(wanted_width), round(wanted_height)
-    else:
-        ratio = max(wanted_height / image.height, wanted_width / image.width)
-        scaled = max(width, round(image.width * ratio)), max(height, round(image.height * ratio))
-    image = image.resize(scaled, _BICUBIC)
-    left, top = (scaled[0] - width) // 2, (scaled[1] - height) // 2
+    wide, high = int(width / crop_pct), int(height / crop_pct)
+    if crop == "center":  # one side fits exactly, the other is longer; rounded as torchvision's Resize does
+        if image.width * high >= image.height * wide:
+            wide = int(high * image.width / image.height)
+        else:
+            high = int(wide * image.height / image.width)
+    image = image.resize((wide, high), _BICUBIC)
+    left, top = round((wide - width) / 2), round((high - height) / 2)
     return image.crop((left, top, left + width, top + height))
 
 

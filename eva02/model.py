@@ -95,6 +95,7 @@ class Eva02(nn.Module):
                 swiglu_mlp=config.swiglu_mlp,
                 scale_mlp=config.scale_mlp,
                 scale_attn_inner=config.scale_attn_inner,
+                k_bias=config.k_bias,
                 num_prefix_tokens=self.num_prefix_tokens,
                 drop_path=config.drop_path_rate * i / max(config.depth - 1, 1),
                 init_values=config.init_values,
@@ -146,7 +147,19 @@ class Eva02(nn.Module):
         x = mask_tokens(patches, mask, mask_token, pos_embed, self.cls_token)
         return x, None if self.rope is None else self.rope(grid, x.device)
 
-    def _encode(self, x: Tensor, rope: RopeTable | None, out_idx: Tensor | None = None) -> Tensor:
+    def _drop_patches(self, x: Tensor, rope: RopeTable | None) -> tuple[Tensor, dict[str, Any]]:
+        """Tokens of the patches that patch dropout keeps, in no order, and what attention must know of them."""
+        rate = self.config.patch_drop_rate
+        if not (rate and self.training):
+            return x, {}
+        batch, patches = x.shape[0], x.shape[1] - self.num_prefix_tokens
+        keep = max(1, int(patches * (1.0 - rate)))
+        keep_idx = torch.rand(batch, patches, device=x.device).topk(keep).indices
+        prefix = torch.arange(self.num_prefix_tokens, device=x.device).expand(batch, -1)
+        x = gather_tokens(x, torch.cat([prefix, keep_idx + self.num_prefix_tokens], 1))
+        return x, {} if rope is None else {"keep_idx": keep_idx}
+
+    def _encode(self, x: Tensor, rope: RopeTable | None, out_idx: Tensor | None = None, **kept: Tensor) -> Tensor:
         """Tokens after the last block, before any final norm: (B, 1 + P, C).
 
         With `out_idx`, flat rows b * (1 + P) + s, (M,): those alone, (M, C); the last block computes no others.
@@ -156,17 +169,19 @@ class Eva02(nn.Module):
             blocks = [partial(checkpoint, block, use_reentrant=False) for block in blocks]
         if out_idx is None:
             for block in blocks:
-                x = block(x, rope)
+                x = block(x, rope, **kept)
             return x
         if not blocks:
             return gather_tokens(x, out_idx)
         for block in blocks[:-1]:
-            x = block(x, rope)
-        return blocks[-1](x, rope, out_idx=out_idx)
+            x = block(x, rope, **kept)
+        return blocks[-1](x, rope, out_idx=out_idx, **kept)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """All tokens, after the final norm where the model has one: (B, 1 + P, C)."""
-        return _norm(self._encode(*self._embed(images)), self.norm)
+        x, rope = self._embed(images)
+        x, kept = self._drop_patches(x, rope)
+        return _norm(self._encode(x, rope, **kept), self.norm)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pooled and classified tokens; with `pre_logits`, what the classifier would be given."""
@@ -184,8 +199,9 @@ class Eva02(nn.Module):
         if self.global_pool != "token":
             return self.forward_head(self.forward_features(images))
         x, rope = self._embed(images)
+        x, kept = self._drop_patches(x, rope)
         cls_rows = torch.arange(x.shape[0], device=x.device) * x.shape[1]
-        return self._classify(_norm(self._encode(x, rope, cls_rows), self.norm))
+        return self._classify(_norm(self._encode(x, rope, cls_rows, **kept), self.norm))
 
     # ---- training ------------------------------------------------------------------------------------------------
     def no_weight_decay(self) -> set[str]:

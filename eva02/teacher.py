@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import eva02
+import eva02.clip
 from eva02.images import CLIP_MEAN, CLIP_STD
+from eva02.runs import is_run, load_model
 
 PatchFeatures = Callable[[Tensor], Tensor]
 RANDOM = "random"
@@ -131,7 +133,7 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
 
 def create_teacher(
     name: str,
-    checkpoint: str,
+    checkpoint: str | None = None,
     *,
     img_size: int | tuple[int, int] | None = None,
     device: torch.device | str = "cpu",
@@ -141,9 +143,11 @@ def create_teacher(
     """Build a teacher by name and load its weights.
 
     Args:
-        name: a model of `eva02 info`, "timm:eva_giant_patch14_clip_224", or "open_clip:EVA01-g-14".
+        name: a vision model of ours, the vision tower of "EVA01-CLIP-g-14" and the like, one of another library
+            ("timm:eva_giant_patch14_clip_224", "open_clip:EVA01-g-14"), or the folder of a training run, whose
+            classifier is left out.
         checkpoint: file with its weights; for open_clip also a tag of its own; "random" for weights drawn with seed 0,
-            the same in every process.
+            the same in every process; None for a run's own.
         img_size: pixels; None for the name's.
         dtype: of weights and features. They are cast once, not at every step.
         patch: let timm's and open_clip's towers run on `eva02_kernels`.
@@ -152,15 +156,20 @@ def create_teacher(
         ValueError: unknown name, or weights that do not fit. FileNotFoundError: no such file.
     """
     library, separator, model_name = name.partition(":")
-    if not separator:
+    if not separator or is_run(name):
         library, model_name = "eva02", name
     if library not in _LIBRARIES:
         raise ValueError(f"unknown library {library!r} in {name!r}, expected {', '.join(_LIBRARIES)} or none")
-    if checkpoint != RANDOM and library != "open_clip" and not Path(checkpoint).is_file():
+    if checkpoint is None and not is_run(name):
+        raise ValueError(f"the checkpoint of the teacher {name} is needed, or {RANDOM!r}")
+    if checkpoint not in (None, RANDOM) and library != "open_clip" and not Path(str(checkpoint)).is_file():
         raise FileNotFoundError(f"no checkpoint of the teacher at {checkpoint}")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = _LIBRARIES[library](model_name, checkpoint, img_size)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        try:
+            model = _LIBRARIES[library](model_name, checkpoint, img_size)
+        except RuntimeError as error:  # timm's and open_clip's word for an unknown name and for weights that do not fit
+            raise ValueError(f"the teacher {name} with {checkpoint}: {error}") from error
     teacher = Teacher(model, name)
     if patch and library != "eva02":
         from eva02_kernels.patching import patch as patch_modules
@@ -169,14 +178,21 @@ def create_teacher(
     return teacher.to(device=device, dtype=dtype)
 
 
-def _from_eva02(name: str, checkpoint: str, img_size: Any) -> nn.Module:
-    model = eva02.create_model(name, **({} if img_size is None else {"img_size": img_size}))
-    if checkpoint != RANDOM:
-        eva02.load_checkpoint(model, checkpoint)
-    return model
+def _from_eva02(name: str, checkpoint: str | None, img_size: Any) -> nn.Module:
+    options: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
+    if name in eva02.clip.list_models():
+        tower = eva02.Eva02(eva02.clip.clip_config(name, **options).vision)
+        if checkpoint != RANDOM:
+            eva02.load_checkpoint(tower, str(checkpoint))
+        return tower
+    if checkpoint == RANDOM:
+        return eva02.create_model(name, **options)
+    if is_run(name):
+        options |= {"head": "classifier", "num_classes": 0}
+    return load_model(name, checkpoint, **options)[0]
 
 
-def _from_timm(name: str, checkpoint: str, img_size: Any) -> nn.Module:
+def _from_timm(name: str, checkpoint: str | None, img_size: Any) -> nn.Module:
     import timm
 
     options: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
@@ -185,7 +201,7 @@ def _from_timm(name: str, checkpoint: str, img_size: Any) -> nn.Module:
     return timm.create_model(name, **options)
 
 
-def _from_open_clip(name: str, checkpoint: str, img_size: Any) -> nn.Module:
+def _from_open_clip(name: str, checkpoint: str | None, img_size: Any) -> nn.Module:
     import open_clip
 
     return open_clip.create_model(

@@ -7,6 +7,9 @@ A shard holds, for each of its samples, the features (P, C) in bfloat16, or in f
 patch, the crop, what the image was (name and size), and a checksum of all this. Shards are written whole or not at all.
 Reading a sample verifies it, so that no damage reaches training; writing again verifies every shard and redoes what is
 missing or damaged.
+
+What rounding costs, as 1 - cos between stored and true features of a patch, mean over 2,000: bfloat16 1.4e-6, float8
+3.5e-4 (normal features and those of a CLIP tower alike; largest 5.1e-4, with four channels fifty times the others).
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import dataclasses
 import json
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -261,10 +264,17 @@ class CacheWriter:
         if differing:
             raise CacheError(f"{self.root} holds another cache: {'; '.join(differing)}")
 
-    def pending(self) -> list[tuple[int, range]]:
-        """This process's shards that are missing or damaged. Reads every other one."""
-        mine = self.spec.shards[self.rank :: self.world_size]
-        return [shard for shard in mine if damage(self.root, self.spec, shard) is not None]
+    @property
+    def shards(self) -> list[tuple[int, range]]:
+        """View and samples of this process's shards."""
+        return self.spec.shards[self.rank :: self.world_size]
+
+    def pending(self, shards: Iterable[tuple[int, range]] | None = None) -> Iterator[tuple[tuple[int, range], str]]:
+        """Those of some shards (all of this process's) that have to be written, and why. Reads the others whole."""
+        for shard in self.shards if shards is None else shards:
+            reason = damage(self.root, self.spec, shard)
+            if reason is not None:
+                yield shard, reason
 
     def write(
         self, pending: Sequence[tuple[int, range]], *, batch_size: int = 64, num_workers: int = 0

@@ -7,6 +7,7 @@ Importing this package starts no device context and needs no compiler.
 from eva02_kernels._registry import Selection, reset_stats, select, stats, strict
 from eva02_kernels.ops.add_layer_norm import add_layer_norm
 from eva02_kernels.ops.apply_rope import apply_rope
+from eva02_kernels.ops.clip_loss import clip_loss
 from eva02_kernels.ops.gather_layer_norm import gather_layer_norm
 from eva02_kernels.ops.gather_tokens import gather_tokens, ragged_index
 from eva02_kernels.ops.gelu_mlp import gelu_mlp
@@ -35,6 +36,7 @@ __all__ = [
     "Selection",
     "add_layer_norm",
     "apply_rope",
+    "clip_loss",
     "gather_layer_norm",
     "gather_tokens",
     "gelu_mlp",

@@ -223,3 +223,25 @@ def gemm_choices(
         return -(-rows // c["BLOCK_M"]) * -(-width // c["BLOCK_N"])
 
     return tuple(c for c in choices if tiles(c) >= processors) or choices[-1:]
+
+
+# ---- clip_loss -------------------------------------------------------------------------------------------------------
+_SIMILARITIES = choice(8, 3, BLOCK_M=128, BLOCK_N=128, BLOCK_K=32)
+_SIMILARITIES_100 = choice(8, 3, BLOCK_M=128, BLOCK_N=64, BLOCK_K=32)  # the wide ones spill
+_SIMILARITIES_PLAIN = choice(8, 1, BLOCK_M=32, BLOCK_N=32, BLOCK_K=32)
+PARTIAL_STATISTICS = choice(4, 1, BLOCK=128)
+"""Columns of partial statistics that a program merges."""
+
+
+def similarities(dtype: torch.dtype, arch: int) -> Choice:
+    """Tiles of clip_loss's products; small ones where there is no matrix instruction for them."""
+    if arch < 80 or (dtype == torch.float32 and _triton.dot_precision(dtype) == "ieee"):
+        return _SIMILARITIES_PLAIN
+    return _SIMILARITIES_100 if 100 <= arch < 120 else _SIMILARITIES
+
+
+def similarity_rows(keys: int) -> int:
+    """Rows of similarities that exist at a time: 64 MiB of them in 16 bits, in whole tiles."""
+    if _triton.executing in ("interpreter", "simulator"):
+        return 64
+    return max(128, (1 << 25) // max(1, keys) // 128 * 128)

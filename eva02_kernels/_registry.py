@@ -37,6 +37,7 @@ OP_NAMES = (
     "mask_tokens",
     "gather_layer_norm",
     "masked_cosine_loss",
+    "clip_loss",
 )
 
 

@@ -59,9 +59,10 @@ class Mutant:
 
 M = Mutant
 LIB, ROPE, GEMM, INDEX = "_triton_lib.py", "_triton_rope.py", "_triton_gemm.py", "_token_index.py"
-SWIGLU, SUBLN, ADD, GATHER, GATHER_NORM, MASK, COSINE, APPLY, QKV, ATTENTION, SWIGLU_MLP = (
+SWIGLU, SUBLN, ADD, GATHER, GATHER_NORM, MASK, COSINE, CLIP, APPLY, QKV, ATTENTION, SWIGLU_MLP = (
     f"{op}/triton_kernels.py" for op in ("swiglu", "subln_swiglu", "add_layer_norm", "gather_tokens",
-    "gather_layer_norm", "mask_tokens", "masked_cosine_loss", "apply_rope", "qkv_rope", "rope_attention", "swiglu_mlp")
+    "gather_layer_norm", "mask_tokens", "masked_cosine_loss", "clip_loss", "apply_rope", "qkv_rope", "rope_attention",
+    "swiglu_mlp")
 )  # fmt: skip
 NORMS = "add_layer_norm gather_layer_norm subln_swiglu"
 PRODUCTS = "linear swiglu_mlp gelu_mlp"
@@ -356,6 +357,38 @@ MUTANTS = (
       "dpred = tl.where(keep, other[:, None] * t + of_pred[:, None] * p, 0.0)",
       "dpred = other[:, None] * t + of_pred[:, None] * p", "masked_cosine_loss",
       equivalent="what is loaded of a padding row, and its coefficients, are zeros already"),
+    # ---- clip_loss ---------------------------------------------------------------------------------------------------
+    M("clip_product_of_the_last_columns", CLIP, "_products", "acc = dot(a, b, acc,", "acc = dot(a, b, acc * 0.0,",
+      "clip_loss"),
+    M("clip_target_of_another_pair", CLIP, "_statistics_kernel", "own = (rows + first)[:, None] == cols[None, :]",
+      "own = (rows + 1)[:, None] == cols[None, :]", "clip_loss"),
+    M("clip_takes_columns_beyond_the_last", CLIP, "_statistics_kernel", "(cols < N)[None, :], logits",
+      "(cols < 2 * N)[None, :], logits", "clip_loss"),
+    M("clip_takes_rows_beyond_the_last", CLIP, "_statistics_kernel", "(rows < M)[:, None], logits",
+      "(rows < 2 * M)[:, None], logits", "clip_loss"),
+    M("clip_merge_without_fading", CLIP, "_merge_kernel", "total * tl.exp(largest - both)", "total", "clip_loss"),
+    M("clip_merge_forgets_the_blocks_before", CLIP, "_merge_kernel", "if before_ptr is not None:",
+      "if before_ptr is not None and P < 0:", "clip_loss"),
+    M("clip_loss_without_its_target", CLIP, "_merge_kernel", "largest - target + ", "largest + ", "clip_loss"),
+    M("clip_mean_over_one_side", CLIP, "_total_kernel", "2.0 * tl.maximum(N, 1)", "1.0 * tl.maximum(N, 1)",
+      "clip_loss"),
+    M("clip_scale_gradient_of_logits", CLIP, "_total_kernel", "tl.load(dloss_ptr) / factor", "tl.load(dloss_ptr)",
+      "clip_loss"),
+    M("clip_gradient_of_rows_alone", CLIP, "_gradient_kernel", "g += tl.exp(", "g += 0.0 * tl.exp(", "clip_loss"),
+    M("clip_gradient_with_the_rows_losses", CLIP, "_gradient_kernel", "key_target[None, :] - key_loss[None, :]",
+      "key_target[None, :]", "clip_loss"),
+    M("clip_gradient_of_pairs_as_of_others", CLIP, "_gradient_kernel", "tl.where(own, _exp",
+      "tl.where(own & (N < 0), _exp", "clip_loss"),
+    M("clip_gradient_of_pairs_of_one_side", CLIP, "_gradient_kernel", " + _exp_minus_1(-key_loss)[None, :]",
+      " + 0.0 * key_loss[None, :]", "clip_loss"),
+    M("clip_small_exponents_cut_short", CLIP, "_exp_minus_1", "tl.where(tl.abs(x) < 0.25, x * series,",
+      "tl.where(tl.abs(x) < 0.25, x,", "clip_loss"),
+    M("clip_features_of_the_last_block", CLIP, "_features_kernel", "if before_ptr is not None:",
+      "if before_ptr is not None and K < 0:", "clip_loss"),
+    M("clip_features_unscaled", CLIP, "_features_kernel", "tl.load(scale_ptr) * tl.load(dloss_ptr)",
+      "tl.load(dloss_ptr)", "clip_loss"),
+    M("clip_features_first_columns_only", CLIP, "_features_kernel", "tl.program_id(1) * BLOCK_N", "0 * BLOCK_N",
+      "clip_loss"),
     # ---- apply_rope and the tables' gradients ------------------------------------------------------------------------
     M("apply_rope_backward_rotates_on", APPLY, "bwd", "inverse=True", "inverse=False", "apply_rope"),
     M("apply_rope_first_heads_only", APPLY, "_rotate_kernel", "tl.program_id(1) * BLOCK_H", "0 * BLOCK_H", "qkv_rope"),

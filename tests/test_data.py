@@ -15,6 +15,7 @@ from eva02.data import (
     ArraySource,
     BadImages,
     BlockMask,
+    ClipTransform,
     EvalTransform,
     FinetuneTransform,
     MimTransform,
@@ -24,6 +25,7 @@ from eva02.data import (
     every_other,
     open_source,
 )
+from eva02.data.transforms import Crop
 
 SIZE = (28, 28)
 MIM = MimTransform(SIZE, BlockMask.for_grid((2, 2)))
@@ -62,6 +64,22 @@ def test_block_masks_are_unions_of_blocks():
     # Of 105 patches that lie at random, 60 % of the right neighbours would be unmasked.
     changes = int((mask[:, 1:] != mask[:, :-1]).sum() + (mask[1:] != mask[:-1]).sum())
     assert changes < 120
+
+
+def test_first_blocks():
+    """What the algorithm says of one rectangle: sides under 16, any place where it fits, areas from 16 to 105."""
+    mask, blocks = BlockMask(), []
+    for seed in range(3000):
+        patches = np.zeros((16, 16), dtype=bool)
+        added = mask._add_block(patches, 105, np.random.default_rng(seed))
+        rows, columns = np.flatnonzero(patches.any(1)), np.flatnonzero(patches.any(0))
+        assert added == patches.sum() == len(rows) * len(columns)
+        blocks.append((rows[0], rows[-1], columns[0], columns[-1], added))
+    top, bottom, left, right, area = np.array(blocks).T
+    for first, last in ((top, bottom), (left, right)):
+        assert (last - first + 1).max() == 15
+        assert abs((first == 0).sum() - (last == 15).sum()) < 4 * np.sqrt((first == 0).sum())
+    assert area.max() == 105 and 14 <= area.min() < 18  # sides are rounded
 
 
 def test_validation_mask():
@@ -114,7 +132,7 @@ def test_epochs_are_permutations_that_differ():
 
 
 @pytest.mark.parametrize("transform", [MIM, FinetuneTransform(SIZE)])
-def test_global_generators_do_not_move(transform):
+def test_global_generators_do_not_move(transform, monkeypatch):
     def draws():
         return random.random(), np.random.random(), torch.rand(()).item()
 
@@ -126,6 +144,7 @@ def test_global_generators_do_not_move(transform):
     seed()
     expected = draws()
     seed()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("a GPU's generator was seeded"))
     first = take(TrainLoader(source_of(), transform, 8), 2)
     assert draws() == expected
     assert_same(take(TrainLoader(source_of(), transform, 8), 2), first)
@@ -186,6 +205,46 @@ def test_mixup_follows_from_the_batch():
     assert first[0]["label"].shape == (8, 4)
     assert_same(take(loader(), 5), first)
     assert len({batch["label"].max().item() for batch in first}) > 2  # each batch draws its own share
+
+
+def test_captions():
+    def tokenize(texts):
+        return torch.tensor([[len(text), *text[:2].encode()] for text in texts])
+
+    captions = ["a cat", ["one", "another"], 1]
+    source = ArraySource(source_of(3).images, captions)
+    transform = ClipTransform(SIZE, tokenize, classes=["dog", "bird"], prompts=("{}", "the {}"))
+    batches = take(TrainLoader(source, transform, 3), 20)
+    seen = {
+        pair for batch in batches for pair in zip(batch["index"].tolist(), batch["text"][:, 0].tolist(), strict=True)
+    }
+    assert seen == {(0, 5), (1, 3), (1, 7), (2, 4), (2, 8)}
+    with pytest.raises(ValueError, match="needs captions, or classes with names; this target is None"):
+        transform(source[0][0], None, np.random.default_rng(0))
+
+
+def views(transform, count=400):
+    """Means of the left and right half of the views of an image that is black on the left."""
+    image = Image.fromarray(np.repeat(np.uint8([[0] * 30 + [255] * 30]), 60, 0)).convert("RGB")
+    for seed in range(count):
+        view = transform(image, 0, np.random.default_rng(seed))["image"][0]
+        yield view[:, :14].mean().item(), view[:, 14:].mean().item()
+
+
+def test_flips_and_crops():
+    """Pre-training and fine-tuning flip half of the views, contrastive training none; crops have their areas."""
+    flipped = np.mean([left > right for left, right in views(MIM)])
+    assert abs(flipped - 0.5) < 0.1
+    flipped = np.mean([left > right for left, right in views(FinetuneTransform(SIZE, auto_augment=None))])
+    assert abs(flipped - 0.5) < 0.1
+    clip = ClipTransform(SIZE, lambda texts: torch.zeros(1, 1), classes=["x"])
+    assert all(left < right for left, right in views(clip, 50))
+    image = Image.new("RGB", (200, 100))
+    crops = [Crop.draw(image, np.random.default_rng(seed)) for seed in range(400)]
+    areas = np.array([crop.height * crop.width / 20000 for crop in crops])
+    aspects = np.array([crop.width / crop.height for crop in crops])
+    assert 0.19 < areas.min() < 0.25 and areas.max() <= 0.75 and 0.74 < aspects.min() < aspects.max() < 1.35
+    assert all(crop.top + crop.height <= 100 and crop.left + crop.width <= 200 for crop in crops)
 
 
 # ---- sources -----------------------------------------------------------------------------------------------------

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import train_runs
 
 import eva02_kernels
+from eva02.train.distributed import World
 from eva02_kernels import _triton
 from eva02_kernels._registry import OP_NAMES, get_spec
 from eva02_kernels.testing import contract
@@ -133,3 +135,20 @@ def test_tf32_follows_torchs_switch(op, backend):
         torch.backends.cuda.matmul.allow_tf32 = before
     torch.testing.assert_close(*results, rtol=2e-2, atol=2e-2)
     assert torch.cuda.get_device_capability()[0] < 8 or not torch.equal(*results)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("task", ["pretrain", "finetune"])
+def test_a_training_step_does_not_wait_for_the_device(task, precision):
+    recipe = train_runs.recipe(task, run__precision=precision, run__ema_decay=0.9, data__accumulate=2)
+    trainer = train_runs.trainer(recipe, world=World(device=torch.device("cuda", 0)))
+    batches = iter(trainer.loader)
+    for _ in range(2):  # compilation may
+        trainer.train_step(next(batches))
+    batch = next(batches)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        values = trainer.train_step(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert values.isfinite().all()

@@ -184,7 +184,7 @@ def test_check_lists_what_is_not_supported():
     "instruction",
     ["sub.sat.s32 %r7, %r1, %r1", "cvt.rni.sat.f32.f32 %f1, %f2", "min.xorsign.abs.f32 %f1, %f2, %f2", "add.rz.sat.f32 %f1, %f2, %f2",
      "rcp.approx.ftz.f64 %e1, %e2", "cvt.u8.u32 %p1, %r1", "ld.global.u32 %r7, [%p1]", "mov.u64 %d9, %tid.x",
-     "ld.param.u64 %d9, [a+9223372036854775807]", "mov.pred %p1, !%p2", "mov.u32 %r7, %clock",
+     "ld.param.u64 %d9, [a+9223372036854775807]", "mov.pred %p1, !%p2", "add.u32 %r7, %r7, %clock",
      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%f0, %f1}, {%r1}, {%r1}, {%f1}"],
 )  # fmt: skip
 def test_what_would_be_misread_is_refused(instruction):

@@ -532,3 +532,75 @@ def test_a_product_of_bytes():
     expected = a.int() @ b.int().mT + c
     assert torch.equal(out[0].view(8, 4), expected[:, ::2])
     assert torch.equal(out[1].view(8, 4), expected[:, 1::2])
+
+
+@pytest.mark.parametrize(
+    ("name", "letter", "bits"), [("%clock", "r", 32), ("%clock64", "d", 64), ("%globaltimer", "d", 64)]
+)
+def test_clocks_count_the_instructions_of_the_cta(name, letter, bits):
+    """One warp: what lies between two readings, the second included; two warps: each sees the other's go by as well."""
+    before, after, passed = f"%{letter}20", f"%{letter}21", f"%{letter}22"
+    text = (
+        f"mov.u{bits} {before}, {name};\n" + "add.u32 %r7, %r7, 1;\n" * 5 + f"mov.u{bits} {after}, {name};\n"
+        f"sub.u{bits} {passed}, {after}, {before};\n" + (f"cvt.u32.u64 %r22, {passed};\n" if letter == "d" else "")
+        + "st.global.b32 [%d5], %r22;"
+    )  # fmt: skip
+    a, out = torch.zeros(1), torch.zeros(64, dtype=torch.int32)
+    run(f"mov.u32 %r7, 0;\n{text}", a, out, threads=32)
+    assert out[:32].tolist() == [6] * 32
+    barrier = f"mov.u32 %r7, 0;\n{text.replace('add.u32 %r7, %r7, 1;', 'bar.sync 0;')}"
+    run(barrier, a, out, threads=64)
+    assert ((out > 6) & (out < 100)).all()
+
+
+_HEAP = """.extern .func (.param .b64 func_retval0) malloc (.param .b64 malloc_param_0);
+.extern .func free (.param .b64 free_param_0);"""
+_MALLOC = """{{ .param .b64 p; .param .b64 q; st.param.b64 [p], {bytes};
+call.uni (q), malloc, (p);
+ld.param.b64 {to}, [q]; }}
+"""
+_FREE = """{{ .param .b64 p; st.param.b64 [p], {what};
+call.uni free, (p);
+}}
+"""
+
+
+def _heap(body: str, **kwargs) -> torch.Tensor:
+    out = torch.zeros(64, dtype=torch.int32)
+    run(body, torch.zeros(1), out, module=_HEAP, **kwargs)
+    return out
+
+
+def test_blocks_of_the_heap_are_apart_and_come_back():
+    text = _MALLOC.format(bytes=100, to="%d10") + "st.b32 [%d10+96], %r1;\nbar.sync 0;\nld.b32 %r7, [%d10+96];\n"
+    assert _heap(text + "st.global.b32 [%d5], %r7;").tolist() == list(range(64))
+    # Each round gives back what it took: 3 rounds of 64 times 100 kB are more than there is at once.
+    rounds = (
+        _MALLOC.format(bytes=100000, to="%d10")
+        + "st.b32 [%d10], %r1;\nld.b32 %r7, [%d10];\n"
+        + _FREE.format(what="%d10")
+    )
+    assert _heap("\nbar.sync 0;\n".join([rounds] * 3) + "st.global.b32 [%d5], %r7;").tolist() == list(range(64))
+    null = (
+        _MALLOC.format(bytes=9 << 20, to="%d10")
+        + _FREE.format(what="%d10")
+        + "cvt.u32.u64 %r7, %d10;\nst.global.b32 [%d5], %r7;"
+    )
+    assert _heap(null).tolist() == [0] * 64
+
+
+@pytest.mark.parametrize(
+    ("body", "error"),
+    [
+        (_MALLOC.format(bytes=100, to="%d10") + "st.b32 [%d10+100], %r1;", gpusim.OutOfBoundsError),
+        (_MALLOC.format(bytes=100, to="%d10") + _FREE.format(what="%d10") + "ld.b32 %r7, [%d10];", gpusim.OutOfBoundsError),
+        (_MALLOC.format(bytes=100, to="%d10") + _FREE.format(what="%d10") * 2, gpusim.OutOfBoundsError),
+        (_FREE.format(what="%d1"), gpusim.OutOfBoundsError),
+        (_MALLOC.format(bytes=100, to="%d10") + "ld.b32 %r7, [%d10];\nst.global.b32 [%d5], %r7;", gpusim.UninitialisedError),
+        (_MALLOC.format(bytes=100, to="%d10") + "st.b32 [%d10], 1;\n" + _FREE.format(what="%d10") + _MALLOC.format(bytes=100, to="%d10")
+         + "ld.b32 %r7, [%d10];\nst.global.b32 [%d5], %r7;", gpusim.UninitialisedError),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_the_heap_is_found(body, error):
+    with pytest.raises(error):
+        _heap(body)

@@ -10,7 +10,7 @@ import pickle
 import pytest
 import timm
 import torch
-from parity import compare, count, double_reference, images, randomise, run, shapes
+from parity import TimmMim, compare, count, double_reference, images, randomise, run, shapes
 from torch import nn
 
 import eva02
@@ -164,27 +164,6 @@ def test_forward_features_and_pre_logits():
 
 
 # ---- MIM ---------------------------------------------------------------------------------------------------------
-class TimmMim(nn.Module):
-    """Official pre-training forward, on timm's modules."""
-
-    def __init__(self, encoder: nn.Module, mim_dim: int) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.mask_token = nn.Parameter(torch.empty(1, 1, encoder.embed_dim))
-        self.lm_head = nn.Linear(encoder.embed_dim, mim_dim)
-        self.rope = encoder.rope
-
-    def forward(self, x, mask):
-        encoder = self.encoder
-        x = encoder.patch_embed(x)
-        w = mask.unsqueeze(-1).to(x.dtype)
-        x = x * (1 - w) + self.mask_token * w
-        x, rope = encoder._pos_embed(x)
-        for block in encoder.blocks:
-            x = block(x, rope=rope)
-        return self.lm_head(encoder.norm(x)[:, 1:][mask])
-
-
 @pytest.mark.parametrize("name", [TINY, BASE])
 def test_mim_outputs_and_gradients(name):
     kwargs = {"depth": 2, "img_size": (70, 98), "embed_dim": 256, "num_heads": 4}

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import json
 import os
 import resource
 import signal
@@ -34,6 +35,10 @@ def our_tower():
     return eva02.create_model(TINY, depth=1, img_size=32, patch_size=16, num_classes=24, global_pool="token")
 
 
+def our_tower_that_averages():
+    return eva02.create_model(TINY, depth=1, img_size=32, patch_size=16, num_classes=24)
+
+
 def open_clip_tower():
     transformer = pytest.importorskip("open_clip.transformer")
     return transformer.VisionTransformer(32, 16, 64, 2, 2, 4.0, output_dim=24)
@@ -55,7 +60,8 @@ def trunk_behind_a_projection():
     return adapter
 
 
-TOWERS = [timm_tower, our_tower, open_clip_tower, transformers_tower, trunk_behind_a_projection]
+OURS = [our_tower, our_tower_that_averages]
+TOWERS = [timm_tower, *OURS, open_clip_tower, transformers_tower, trunk_behind_a_projection]
 
 
 @pytest.mark.parametrize("make", TOWERS)
@@ -110,10 +116,26 @@ def test_teachers_by_name(tmp_path):
     images = torch.randn(1, 3, 28, 28)
     through_timm = create_teacher(f"timm:{TINY}", str(tmp_path / "tiny.safetensors"), dtype=torch.float32, **options)
     torch.testing.assert_close(loaded(images), through_timm(images), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"the checkpoint of the teacher .* is needed, or 'random'"):
+        create_teacher(TINY)
     with pytest.raises(FileNotFoundError, match="no checkpoint of the teacher at nowhere"):
         create_teacher(TINY, "nowhere")
+    with pytest.raises(ValueError, match=r"the teacher timm:eva03 with random: Unknown model"):
+        create_teacher("timm:eva03", "random")
     with pytest.raises(ValueError, match="unknown library 'jax'"):
         create_teacher("jax:vit", "random")
+
+
+def test_our_clip_towers_teach(tmp_path):
+    """EVA-02's teacher by its name, cut down: the vision tower out of a file of both towers."""
+    model = eva02.clip.create_model("EVA02-CLIP-B-16", depth=1, img_size=32, text={"depth": 1})
+    eva02.save_checkpoint(model, tmp_path / "clip.safetensors")
+    whole = eva02.clip.clip_config("EVA01-CLIP-g-14").vision
+    assert (whole.num_classes, whole.grid) == (1024, (16, 16))
+    tower = eva02.Eva02(model.config.vision)
+    eva02.load_checkpoint(tower, tmp_path / "clip.safetensors")
+    images = torch.randn(1, 3, 32, 32)
+    assert torch.equal(Teacher(tower)(images), Teacher(model)(images)) and Teacher(tower).dim == 512
 
 
 def test_what_is_no_teacher_is_refused():
@@ -161,7 +183,7 @@ def source_of(count: int = 22, seed: int = 0) -> ArraySource:
 def write(root, source=None, delay=0.0, **options):
     options = {"crops": 2, "shard_size": 8, "seed": 3, **options}
     writer = CacheWriter(root, source or source_of(), Teacher(Toy(delay), "toy"), **options)
-    pending = writer.pending()
+    pending = [shard for shard, _ in writer.pending()]
     bad = [name for _, names in writer.write(pending, batch_size=3) for name in names]
     return pending, bad
 
@@ -278,7 +300,7 @@ def test_features_that_are_not_finite_are_not_written(tmp_path):
     writer = CacheWriter(tmp_path, source_of(), teacher)
     teacher.tower.weight.data.fill_(float("inf"))
     with pytest.raises(ValueError, match=r"not finite in torch\.float32"):
-        list(writer.write(writer.pending()))
+        list(writer.write(writer.shards))
     assert not shards_of(tmp_path)
 
 
@@ -310,7 +332,7 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, how):
 
 
 _VICTIM = """
-import os, sys
+import os, resource, signal, sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from test_teacher import write
@@ -320,6 +342,10 @@ torch.set_num_threads(1)
 for line in sys.stdin:  # one child, to be killed, for each line
     child = os.fork()
     if child == 0:
+        if line.strip():  # the system kills it as it writes this byte of a file
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (int(line), int(line)))
         write(Path({root!r}), delay=0.01)
         os._exit(0)
     print(child, flush=True)
@@ -329,7 +355,8 @@ for line in sys.stdin:  # one child, to be killed, for each line
 
 
 def survive_kills(tmp_path: Path, kills: int, seed: int) -> None:
-    """Kill a writer at `kills` random moments of its work; then the cache has to be what it is without kills."""
+    """Kill a writer at `kills` random moments of its work, and at as many random bytes of a file that it writes; then
+    the cache has to be what it is without kills."""
     write(tmp_path / "whole")
     expected = shards_of(tmp_path / "whole")
     root = tmp_path / "cache"
@@ -338,22 +365,24 @@ def survive_kills(tmp_path: Path, kills: int, seed: int) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as victim:
-        for kill in range(kills):
-            if kill % 3 == 0:  # else what the last one left is continued
+        for kill in range(2 * kills):
+            if kill % 6 == 0:  # else what the last one left is continued
                 for path in root.rglob("*.safetensors"):
                     path.unlink()
-            victim.stdin.write("\n")
+            by_system = kill % 2 == 1
+            victim.stdin.write(f"{rng.integers(1, min(map(len, expected.values())))}\n" if by_system else "\n")
             victim.stdin.flush()
             child = int(victim.stdout.readline())
-            time.sleep(rng.uniform(0, 0.6))
-            os.kill(child, signal.SIGKILL)
+            if not by_system:
+                time.sleep(rng.uniform(0, 0.6))
+                os.kill(child, signal.SIGKILL)
             assert victim.stdout.readline() == "gone\n"
             for name, content in shards_of(root).items():  # whatever stands there is whole
                 assert content == expected[name]
         victim.stdin.close()
     write(root)
     assert shards_of(root) == expected
-    assert not list(root.rglob("*.tmp"))
+    assert not list(root.rglob("*.safetensors.*.tmp"))
 
 
 def test_killed_writers(tmp_path):
@@ -363,6 +392,28 @@ def test_killed_writers(tmp_path):
 @pytest.mark.full
 def test_killed_writers_often(tmp_path):
     survive_kills(tmp_path, 50, seed=1)
+
+
+def test_a_run_teaches_through_a_cache_as_without(tmp_path, capsys):
+    """Fine-tune, evaluate the run, write its features, pre-train from them: losses are those of the live teacher."""
+    pytest.importorskip("sklearn")
+    run, cache = str(tmp_path / "run"), str(tmp_path / "cache")
+    short = ["--batch-size", "32", "--set", "run.tensorboard=false", "--set", "run.profile_peak=false"]
+    short += ["--set", "run.log_every=1", "--set", "data.val=none", "--set", "model.depth=1"]
+    assert main(["finetune", "--preset", "eva02_digits", *short, "--steps", "2", "--output", run]) == 0
+    assert main(["evaluate", "digits", "--model", run]) == 0
+    assert "    360 " in capsys.readouterr().out.splitlines()[-1]
+    views = ["--seed", "5", "--scale", "0.5", "--crops", "1"]
+    assert main(["features", "digits", "--model", run, "--out", cache, "--batch-size", "64", *views]) == 0
+    losses = {}
+    for name, source in (("live", ["--teacher", run]), ("cached", ["--teacher-cache", cache])):
+        output = str(tmp_path / name)
+        arguments = [*short, "--steps", "4", "--seed", "5", "--output", output, *source]
+        assert main(["pretrain", "--preset", "eva02_digits_mim", *arguments]) == 0
+        lines = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        losses[name] = [line["loss"] for line in lines if "lr" in line]
+    assert len(losses["live"]) == 4
+    assert losses["cached"] == pytest.approx(losses["live"], abs=2e-4)  # the cache rounds to bfloat16
 
 
 # ---- command -----------------------------------------------------------------------------------------------------
@@ -383,6 +434,11 @@ def test_features_command_writes_a_cache(tmp_path, capsys):
     assert "skipped" in out and "cannot identify image file" in out
     spec = CacheSpec.load(tmp_path / "cache" / "cache.json")
     assert dataclasses.asdict(spec)["dtype"] == "fp8" and spec.teacher.startswith(TINY)
+    shard = tmp_path / "cache" / "crop-0001" / "00000000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert main(arguments) == 0
+    out = capsys.readouterr().out.replace("\n", "")
+    assert "1 of 4 shards to write" in out and "00000000.safetensors is damaged" in out and "it is written again" in out
     assert main(arguments) == 0
     assert "0 of 4 shards to write" in capsys.readouterr().out
     assert main([*arguments[:-1], "8"]) == 1

@@ -837,6 +837,20 @@ void unpack(Warp& w, const Op& op, u32 mask) {
   }
 }
 
+bool is_clock(const std::string& name) {
+  return name == "%clock" || name == "%clock_hi" || name == "%clock64" || name == "%globaltimer";
+}
+
+// A clock counts the instructions that the warps of the CTA have executed: it goes on for each of them, and does not
+// depend on the host. imm: bits to leave out
+template <class T>
+void read_clock(Warp& w, const Op& op, u32 mask) {
+  u64 now = 0;
+  for (const Warp& other : w.cta->warps) now += other.executed;
+  for (int l = 0; l < kLanes; ++l)
+    if (mask >> l & 1) w.reg<T>(op, 0)[l] = static_cast<T>(now >> op.imm);
+}
+
 bool decode_mov(Decoder& d, const Instruction& in, Op& op) {
   d.expect_operands(in, 2);
   const std::string type = in.last();
@@ -872,6 +886,15 @@ bool decode_mov(Decoder& d, const Instruction& in, Op& op) {
       op.exec = bytes == 8 ? &unpack<u64> : &unpack<u32>;
       op.rule = Rule::kUnpack;
     }
+    return true;
+  }
+  if (from.kind == Operand::kName && is_clock(from.name)) {
+    if (bytes != (from.name == "%clock" || from.name == "%clock_hi" ? 4 : 8))
+      Decoder::fail("special register " + from.name + " as ." + type);
+    d.set(op, {d.result(to, type)}, {});
+    op.imm = from.name == "%clock_hi" ? 32 : 0;
+    op.exec = bytes == 8 ? &read_clock<u64> : &read_clock<u32>;
+    op.rule = Rule::kAll;
     return true;
   }
   d.set(op, {d.result(to, type)}, {d.source(from, type)});

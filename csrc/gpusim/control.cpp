@@ -94,7 +94,14 @@ void Warp::exit(u32 mask) {
 void Warp::call(const Op& op, u32 mask) {
   const CallSite& site = cta->program.call_sites[static_cast<size_t>(op.imm)];
   if (site.builtin != Builtin::kNone) {
-    for_lanes(mask, [&](int l) { site.builtin == Builtin::kPrint ? print(op, l) : fail_assertion(op, l); });
+    for_lanes(mask, [&](int l) {
+      switch (site.builtin) {
+        case Builtin::kPrint: print(op, l); break;
+        case Builtin::kAllocate: allocate(op, l); break;
+        case Builtin::kFree: free(op, l); break;
+        default: fail_assertion(op, l);
+      }
+    });
     pc += 1;
     return;
   }
@@ -169,7 +176,7 @@ void Warp::enter(const Op& op, u32 mask, int index) {
   splits.push_back({code.begin, mask, depth + 1, false});
 }
 
-void Warp::leave(const Op& op, u32 mask) {
+void Warp::leave(u32 mask) {
   if (depth == 0) return exit(mask);
   const u32 stays = active & ~mask;
   if (stays) splits.push_back({pc + 1, stays, depth, false});
@@ -205,7 +212,6 @@ void Warp::leave(const Op& op, u32 mask) {
     }
     splits.push_back({frame.call + 1, 1u << l, depth - 1, false});
   });
-  (void)op;
   reselect();
 }
 
@@ -242,6 +248,17 @@ std::string text_at(Warp& w, int lane, u64 address) {
 
 }  // namespace
 
+namespace {
+
+void set_result(Warp& w, const Op& op, int lane, u64 value) {
+  const auto& [offset, bytes] = w.cta->program.call_sites[static_cast<size_t>(op.imm)].result;
+  Stack& s = w.stacks[static_cast<size_t>(lane)];
+  memcpy(s.memory.data() + s.base + offset, &value, std::min<u64>(bytes, 8));
+  std::fill_n(s.valid.begin() + s.base + static_cast<std::ptrdiff_t>(offset), bytes, u8{1});
+}
+
+}  // namespace
+
 // vprintf(format, arguments one behind the other, each at a multiple of its size)
 void Warp::print(const Op& op, int lane) {
   const std::string format = text_at(*this, lane, argument(*this, op, lane, 0));
@@ -254,7 +271,7 @@ void Warp::print(const Op& op, int lane) {
       continue;
     }
     // Flags, width, precision, length, conversion; what is none of these is text.
-    const size_t length = format.find_first_not_of("-+ #0123456789.", i + 1);
+    const size_t length = format.find_first_not_of("-+ #0123456789.*", i + 1);
     const size_t end = length == std::string::npos ? length : format.find_first_not_of("hlzjt", length);
     if (end == std::string::npos || strchr("diouxXfFeEgGaAcsp%", format[end]) == nullptr) {
       out += format[i];
@@ -267,14 +284,25 @@ void Warp::print(const Op& op, int lane) {
       out += '%';
       continue;
     }
+    const auto next = [&](u64 bytes) {
+      offset = (offset + bytes - 1) / bytes * bytes;
+      const std::string raw = bytes_at(*this, lane, values + offset, bytes);
+      offset += bytes;
+      u64 v = 0;
+      memcpy(&v, raw.data(), raw.size());
+      return v;
+    };
+    for (size_t star; (star = spec.find('*')) != std::string::npos;) {  // a width or a precision among the arguments
+      const int n = std::clamp(static_cast<i32>(next(4)), -400, 400);
+      const bool none = n < 0 && spec[star - 1] == '.';
+      if (none)
+        spec.erase(star - 1, 2);
+      else
+        spec.replace(star, 1, std::to_string(n));
+    }
     const bool number = strchr("fFeEgGaA", kind) != nullptr, text = kind == 's';
     const bool wide = number || text || kind == 'p' || spec.find_first_of("lzjt") != std::string::npos;
-    const u64 bytes = wide ? 8 : 4;
-    offset = (offset + bytes - 1) / bytes * bytes;
-    const std::string raw = bytes_at(*this, lane, values + offset, bytes);
-    offset += bytes;
-    u64 v = 0;
-    memcpy(&v, raw.data(), raw.size());
+    u64 v = next(wide ? 8 : 4);
     if (!wide && (kind == 'd' || kind == 'i')) v = static_cast<u64>(static_cast<i64>(static_cast<i32>(v)));
     std::erase_if(spec, [](char c) { return strchr("lzjth", c) != nullptr; });
     char buffer[512];
@@ -291,10 +319,32 @@ void Warp::print(const Op& op, int lane) {
     out += buffer;
   }
   cta->worker.output += out;
-  const auto& result = cta->program.call_sites[static_cast<size_t>(op.imm)].result;
-  Stack& s = stacks[static_cast<size_t>(lane)];
-  std::fill_n(s.memory.begin() + s.base + static_cast<std::ptrdiff_t>(result.first), result.second, u8{0});
-  std::fill_n(s.valid.begin() + s.base + static_cast<std::ptrdiff_t>(result.first), result.second, u8{1});
+  set_result(*this, op, lane, 0);
+}
+
+// malloc(bytes): 0 where there is no room
+void Warp::allocate(const Op& op, int lane) {
+  Launch& launch = cta->launch;
+  Region& r = *std::find_if(launch.regions.begin(), launch.regions.end(), [](const Region& x) { return x.heap; });
+  const u64 bytes = argument(*this, op, lane, 0), offset = r.heap->allocate(bytes);
+  if (offset == ~0ull) return set_result(*this, op, lane, 0);
+  // Who had these bytes before has no part in them.
+  if (r.valid.empty()) r.valid.assign(r.size, 1);
+  std::fill_n(r.valid.begin() + static_cast<std::ptrdiff_t>(offset), bytes, 0);
+  Shadow& s = cta->worker.shadow(r);
+  for (auto* history : {&s.writer, &s.reader})
+    if (!history->empty()) std::fill_n(history->begin() + static_cast<std::ptrdiff_t>(offset), bytes, 0);
+  set_result(*this, op, lane, r.base + offset);
+}
+
+// free(pointer)
+void Warp::free(const Op& op, int lane) {
+  const u64 address = argument(*this, op, lane, 0);
+  if (address == 0) return;
+  const Region* r = cta->launch.region_of(address);
+  if (r == nullptr || r->heap == nullptr || r->heap->blocks.erase(address - r->base) == 0)
+    fault(op, lane, "out of bounds",
+          "out of bounds: free of a pointer that malloc did not give, or of one freed before", address, r);
 }
 
 // __assertfail(message, file, line, function, bytes of a character)
@@ -498,7 +548,7 @@ void Warp::run(u64 quantum) {
     switch (op.flow) {
       case Flow::kTable: jump_by_table(op, mask); break;
       case Flow::kCall: call(op, mask); break;
-      case Flow::kReturn: leave(op, mask); break;
+      case Flow::kReturn: leave(mask); break;
       case Flow::kExit: exit(mask); break;
       case Flow::kYield:
         op.exec(*this, op, mask);

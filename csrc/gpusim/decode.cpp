@@ -34,9 +34,6 @@ const std::map<std::string, Special>& special_names() {
                                                        {"%smid", kSmId},
                                                        {"%nsmid", kNSmId},
                                                        {"%gridid", kGridId},
-                                                       {"%clock", kClock},
-                                                       {"%clock64", kClock64},
-                                                       {"%globaltimer", kGlobalTimer},
                                                        {"%envreg1", kGridBarrier1},
                                                        {"%envreg2", kGridBarrier2}};
   return names;
@@ -216,9 +213,8 @@ Reg Decoder::source(const Operand& o, const std::string& type, Wider wider) {
   }
   const auto special = special_names().find(o.name);
   if (special != special_names().end()) {
-    const bool own_wide = special->second == kClock64 || special->second == kGridId || special->second == kGlobalTimer;
+    const bool own_wide = special->second == kGridId;
     if (own_wide != wide || bytes < 4) fail("special register " + o.name + " as ." + type);
-    if (special->second == kClock || special->second == kClock64) fail("special register " + o.name);
     if (special->second == kGridBarrier1 || special->second == kGridBarrier2) p_.grid_barrier = true;
     Reg& r = p_.special[special->second];
     if (!(p_.used_special >> special->second & 1)) {
@@ -370,6 +366,12 @@ void Decoder::decode_call(const Instruction& in, Op& op) {
     p_.prints = true;
   } else if (callee.name == "__assertfail" && site.arguments.size() == 5) {
     site.builtin = Builtin::kAssert;
+  } else if (callee.name == "malloc" && site.arguments.size() == 1 && site.result.second == 8) {
+    site.builtin = Builtin::kAllocate;
+    p_.has_heap = true;
+  } else if (callee.name == "free" && site.arguments.size() == 1) {
+    site.builtin = Builtin::kFree;
+    p_.has_heap = true;
   } else {
     site.code = p_.code_of(callee.name);
     if (site.code < 0) fail("a call of " + callee.name + ", which the module does not have");

@@ -77,11 +77,9 @@ void find_race(Launch& launch, const Region& r, const Shadow& a, const Shadow& b
     const u32 cta = std::max(writer_later ? writer_cta : other_cta, 0u), stamp = static_cast<u32>(later);
     const bool several = (stamp & kSeveralWarps) == kSeveralWarps;
     const u32 linear = several ? 0 : (stamp >> 5 & 63) * kLanes + (stamp & 31);
-    const auto& [gx, gy, gz] = launch.grid;
     const auto& [bx, by, bz] = launch.block;
-    f.cta = {cta % gx, cta / gx % gy, cta / (gx * gy)};
+    f.cta = {cta % launch.grid[0], cta / launch.grid[0] % launch.grid[1], cta / (launch.grid[0] * launch.grid[1])};
     f.thread = {linear % bx, linear / bx % by, linear / (bx * by) % bz};
-    (void)gz;
     earliest.insert_or_assign(f.op, std::pair{turn, f});
   }
   for (auto& [op, item] : earliest) found.push_back(item);
@@ -407,7 +405,7 @@ void Cta::start(u32 linear_index, u32 at_turn) {
           case kGridBarrier2: v = launch.grid_barrier & 0xffffffffu; break;
           default: v = 0; break;
         }
-        if (s == kClock64 || s == kGridId || s == kGlobalTimer)
+        if (s == kGridId)
           memcpy(w.file + program.special[static_cast<size_t>(s)].value + 8 * l, &v, 8);
         else
           memcpy(w.file + program.special[static_cast<size_t>(s)].value + 4 * l, &v, 4);
@@ -614,8 +612,41 @@ void Worker::run_resident(const std::vector<u32>& order) {
   }
 }
 
+u64 Heap::allocate(u64 bytes) {
+  constexpr u64 kAlign = 16, kApart = 256;
+  if (bytes == 0 || bytes > kSize) return ~0ull;
+  u64 at = 0;
+  for (const auto& [offset, size] : blocks) {
+    if (offset >= at + bytes + kApart) break;
+    at = (offset + size + kApart + kAlign - 1) / kAlign * kAlign;
+  }
+  if (at + bytes > kSize) return ~0ull;
+  blocks[at] = bytes;
+  return at;
+}
+
+bool Heap::holds(u64 offset, u64 bytes) const {
+  const auto above = blocks.upper_bound(offset);
+  return above != blocks.begin() && offset + bytes <= std::prev(above)->first + std::prev(above)->second;
+}
+
+void Launch::add_heap() {
+  if (!program.has_heap || std::any_of(regions.begin(), regions.end(), [](const Region& r) { return r.heap; })) return;
+  heap = std::make_unique<Heap>();
+  heap_memory.resize(Heap::kSize);
+  Region r;
+  r.base = ((regions.empty() ? 0 : regions.back().base >> kGlobalShift) + 1) << kGlobalShift;
+  r.size = Heap::kSize;
+  r.host = heap_memory.data();
+  r.name = "the kernel's heap";
+  r.valid.assign(r.size, 0);
+  r.heap = heap.get();
+  regions.push_back(std::move(r));
+}
+
 void Launch::run() {
   counters.assign(program.ops.size(), {});
+  add_heap();
   shadows.resize(regions.size());
   const std::string unknown = resolve_symbols();
   if (!unknown.empty()) {
@@ -625,7 +656,8 @@ void Launch::run() {
     return;
   }
   const std::vector<u32> order = order_of_ctas();
-  if (program.synchronises_ctas || program.prints) options.threads = 1;  // what is printed has an order
+  // What is printed has an order, and so has what is allocated.
+  if (program.synchronises_ctas || program.prints || program.has_heap) options.threads = 1;
   options.threads = static_cast<u32>(std::clamp<u64>(order.size(), 1, options.threads));
   std::vector<std::unique_ptr<Worker>> workers;
   for (u32 i = 0; i < options.threads; ++i) workers.push_back(std::make_unique<Worker>(*this));

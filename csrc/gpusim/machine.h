@@ -107,7 +107,7 @@ struct Code {
   std::vector<std::pair<Reg, u32>> registers;  // with their bytes in the file
 };
 
-enum class Builtin : u8 { kNone, kPrint, kAssert };
+enum class Builtin : u8 { kNone, kPrint, kAssert, kAllocate, kFree };
 
 struct CallSite {
   int code = -1;  // index into Program::codes; -1: the address is in a register, or it is built in
@@ -149,9 +149,6 @@ enum Special : u8 {
   kSmId,
   kNSmId,
   kGridId,
-  kClock,
-  kClock64,
-  kGlobalTimer,
   kGridBarrier1,  // %envreg1 and 2: the address of the word on which a cooperative launch synchronises its grid
   kGridBarrier2,
   kNumSpecial
@@ -184,7 +181,8 @@ struct Program {
   std::vector<Unsupported> unsupported;
   bool synchronises_ctas = false;  // atomics, acquire or release: order between CTAs is the program's own
   bool has_frames = false, grid_barrier = false, prints = false;
-  u64 perturbation = 0;  // seed of numerics="perturb", 0 for exact
+  bool has_heap = false;  // it calls malloc or free
+  u64 perturbation = 0;   // seed of numerics="perturb", 0 for exact
 
   Program(const std::string& text, const std::string& entry, u64 perturbation = 0);
   Program(const Program&) = delete;
@@ -212,6 +210,16 @@ struct Region {
   std::vector<std::pair<u64, u64>> views;  // allowed [begin, end) offsets; empty: all of it
   std::vector<u8> valid;                   // by byte, of memory that nobody has written; empty: valid from the start
   bool output = false;                     // must be written completely
+  struct Heap* heap = nullptr;             // its blocks are what may be accessed
+};
+
+// What kernels allocate. Blocks stand apart, so that what is beyond one is nobody's.
+struct Heap {
+  static constexpr u64 kSize = 8 << 20;  // as CUDA's is at first
+  std::map<u64, u64> blocks;             // offset -> bytes
+
+  u64 allocate(u64 bytes);  // the offset, ~0 for no room
+  bool holds(u64 offset, u64 bytes) const;
 };
 
 // Who touched each byte of a region last, as far as the CTAs of one host thread are concerned.
@@ -291,7 +299,9 @@ struct Launch {
   u64 instructions = 0;
   std::string output;
 
-  std::vector<u8> registers;  // a warp's initial register file, addresses of symbols filled in
+  std::vector<u8> registers;   // a warp's initial register file, addresses of symbols filled in
+  std::unique_ptr<Heap> heap;  // of this launch alone, where no region has one
+  std::vector<u8> heap_memory;
 
   explicit Launch(const Program& program) : program(program) {}
   void run();
@@ -301,6 +311,7 @@ struct Launch {
 
  private:
   std::vector<u32> order_of_ctas() const;
+  void add_heap();
   void merge(std::vector<std::unique_ptr<Worker>>& workers, const std::vector<u32>& order);
   void check_outputs();
 };
@@ -388,9 +399,11 @@ struct Warp {
   void jump_by_table(const Op& op, u32 mask);
   void call(const Op& op, u32 mask);
   void enter(const Op& op, u32 mask, int code);
-  void leave(const Op& op, u32 mask);
+  void leave(u32 mask);
   void print(const Op& op, int lane);
   [[noreturn]] void fail_assertion(const Op& op, int lane);
+  void allocate(const Op& op, int lane);
+  void free(const Op& op, int lane);
   void exit(u32 mask);
   void reselect();
   void yield();

@@ -1,5 +1,11 @@
-// Matrix products of a warp: fragments are gathered into plain matrices, products are exact, sums are
-// float64 and rounded once. Source: PTX ISA 8.8, section 9.7.14 (fragments).
+// Matrix products of a warp: fragments are gathered into plain matrices, products are exact, sums are float64 and
+// rounded once. Source: PTX ISA 8.8, section 9.7.14 (fragments, sparse storage); the order of sparse metadata among
+// threads as CUTLASS's host_reorder.h arranges it in memory.
+//
+// mma      lanes 4 i to 4 i + 3 hold row i of a block of A and column i of one of B, in order, one register a block.
+// wmma     fragments are the implementation's own: lane i has the i-th part of the matrix in the order of its memory,
+// of
+//          an accumulator in the order of its rows.
 //
 // Perturbed, sums are taken in groups of four products in an order of their own and truncated to float32 after each, as
 // tensor cores may.
@@ -11,47 +17,126 @@ namespace gpusim {
 
 namespace {
 
-struct Shape {
-  int m, n, k;
+enum class Element : u8 { kF16, kBF16, kTF32, kS8, kU8, kS4, kU4, kB1, kNone };
+enum class Sum : u8 { kF32, kF16, kS32 };
+
+// What an operation multiplies; it lies in Op::imm and imm2.
+struct Product {
+  u16 k = 0;
+  u8 m = 16, n = 8;
+  Element a = Element::kNone, b = Element::kNone;
+  Sum sum = Sum::kF32, addend = Sum::kF32;
+  bool fragments = false;  // of wmma
+  bool a_columns = false;  // of those: A's are by columns, B's by rows
+  bool b_rows = false;
+  bool sparse = false, ordered = false;
+  bool ands = false;  // of bits: and, otherwise exclusive or
+  u8 selector = 0;    // of the threads whose metadata count
+  u8 padding = 0;
 };
 
-// Row and column of element e of register r of a fragment, in lane (g = lane / 4, t = lane % 4). `per` elements a
-// register; tables of PTX ISA 9.7.14.5.
-inline void place_a(int per, int r, int e, int g, int t, int& row, int& column) {
-  row = g + 8 * (r & 1);
-  column = t * per + e + 4 * per * (r >> 1);
-}
-inline void place_b(int per, int r, int e, int g, int t, int& row, int& column) {
-  row = t * per + e + 4 * per * r;
-  column = g;
+Product product_of(const Op& op) { return std::bit_cast<Product>(std::array{op.imm, op.imm2}); }
+void keep(const Product& p, Op& op) {
+  const auto words = std::bit_cast<std::array<i64, 2>>(p);
+  op.imm = words[0], op.imm2 = words[1];
 }
 
-template <class In>
-double element(const u32* reg, int lane, int e);
-template <>
-double element<f16>(const u32* reg, int lane, int e) {
-  return to_float(f16{static_cast<u16>(reg[lane] >> (16 * e))});
+int bits_of(Element e) {
+  switch (e) {
+    case Element::kF16:
+    case Element::kBF16: return 16;
+    case Element::kTF32: return 32;
+    case Element::kS8:
+    case Element::kU8: return 8;
+    case Element::kB1: return 1;
+    default: return 4;
+  }
 }
-template <>
-double element<bf16>(const u32* reg, int lane, int e) {
-  return to_float(bf16{static_cast<u16>(reg[lane] >> (16 * e))});
+int per_register(Element e) { return 32 / bits_of(e); }
+bool is_integer(Element e) { return e >= Element::kS8; }
+
+void unpack(Element kind, const u8* from, int count, double* to) {
+  const auto each = [&](auto zero, auto value) {
+    for (int i = 0; i < count; ++i) {
+      auto bits = zero;
+      memcpy(&bits, from + static_cast<size_t>(i) * sizeof(bits), sizeof(bits));
+      to[i] = static_cast<double>(value(bits));
+    }
+  };
+  switch (kind) {
+    case Element::kF16: return each(u16{0}, [](u16 v) { return to_float(f16{v}); });
+    case Element::kBF16: return each(u16{0}, [](u16 v) { return to_float(bf16{v}); });
+    case Element::kTF32: return each(u32{0}, [](u32 v) { return bits_as<float>(v & ~0x1fffu); });
+    case Element::kS8: return each(u8{0}, [](u8 v) { return static_cast<int>(static_cast<i8>(v)); });
+    case Element::kU8: return each(u8{0}, [](u8 v) { return static_cast<int>(v); });
+    case Element::kS4:
+      for (int i = 0; i < count; ++i) to[i] = static_cast<i8>(static_cast<u8>(from[i / 2] >> 4 * (i & 1) << 4)) >> 4;
+      return;
+    default:
+      for (int i = 0; i < count; ++i) to[i] = from[i / 2] >> 4 * (i & 1) & 15;
+  }
 }
-template <>
-double element<float>(const u32* reg, int lane, int) {
-  return bits_as<float>(reg[lane] & ~0x1fffu);
-}  // tf32
-template <>
-double element<i8>(const u32* reg, int lane, int e) {
-  return static_cast<i8>(reg[lane] >> (8 * e));
+
+// sum (m rows of N) += a (m rows of k) b (k rows of N)
+template <int N>
+void multiply(const Product& p, u64 perturbation, const double* a, const double* b, double* sum) {
+  const int k = p.k;
+  if (perturbation == 0 || is_integer(p.a)) {
+    for (int i = 0; i < p.m; ++i) {
+      double row[N];
+      memcpy(row, sum + i * N, sizeof(row));
+      for (int q = 0; q < k; ++q)
+        for (int j = 0; j < N; ++j) row[j] = __builtin_fma(a[i * k + q], b[q * N + j], row[j]);  // the product is exact
+      memcpy(sum + i * N, row, sizeof(row));
+    }
+    return;
+  }
+  const int turn = static_cast<int>(perturbation % static_cast<u64>(k));
+  for (int i = 0; i < p.m; ++i)
+    for (int j = 0; j < N; ++j)
+      for (int first = 0; first < k; first += 4) {
+        double& s = sum[i * N + j];
+        for (int q = first; q < first + 4; ++q) s += a[i * k + (q + turn) % k] * b[(q + turn) % k * N + j];
+        s = round_to(s, 23, -126, std::numeric_limits<float>::max(), Round::kZero);
+      }
 }
-template <>
-double element<u8>(const u32* reg, int lane, int e) {
-  return static_cast<u8>(reg[lane] >> (8 * e));
+
+// The same of bits, in words of 32: what is counted are the places where both are set, or where they differ.
+void count_bits(const Product& p, const u8* a, const u8* b, double* sum) {
+  for (int i = 0; i < p.m; ++i)
+    for (int j = 0; j < p.n; ++j)
+      for (int q = 0; q < p.k / 32; ++q) {
+        u32 x, y;
+        memcpy(&x, a + (i * p.k + 32 * q) / 8, 4);
+        memcpy(&y, b + (j * p.k + 32 * q) / 8, 4);
+        sum[i * p.n + j] += std::popcount(p.ands ? x & y : x ^ y);
+      }
+}
+
+// Where the elements of sums are, of both kinds: the index of element e of a lane.
+int place_of_sum(const Product& p, int lane, int e) {
+  if (p.fragments) return lane * (p.m * p.n / kLanes) + e;
+  return (lane / 4 + 8 * (e >> 1)) * 8 + 2 * (lane % 4) + (e & 1);
+}
+
+// Registers of A and of B; those of A without its zeros, where it is sparse. Where wmma has them several times they
+// count once.
+int registers_of_a(const Product& p) { return p.m * p.k / (p.sparse ? 2 : 1) / kLanes / per_register(p.a); }
+int registers_of_b(const Product& p) { return p.n * p.k / kLanes / per_register(p.b); }
+
+// Rows of A, or columns of B, that a register has elements of.
+u32 lines_of(const Product& p, bool of_a, int r, int lane) {
+  if (!p.fragments) return 1u << (of_a && p.m == 16 ? lane / 4 + 8 * (r & 1) : lane / 4);
+  const int lines = of_a ? p.m : p.n, per = per_register(of_a ? p.a : p.b);
+  const int first = (lane * (of_a ? registers_of_a(p) : registers_of_b(p)) + r) * per;
+  if (of_a ? !p.a_columns : !p.b_rows) return 1u << (first / p.k);
+  return (per >= 32 ? ~0u : (1u << per) - 1) << (first % lines);
 }
 
 // An element of the product is valid where its row of A, its column of B and its own addend are.
-void mma_validity(Warp& w, const Op& op, int num_a, int num_b, int rows) {
+void spread_validity(Warp& w, const Op& op, const Product& p, int a0, int b0, int c0) {
   const auto partial = [&](int i) { return w.partial[op.regs[i].id] != 0; };
+  const int num_a = registers_of_a(p), num_b = registers_of_b(p);
   bool any = false;
   u32 origin = 0;
   for (int i = op.num_dst; i < op.num_dst + op.num_src; ++i)
@@ -64,118 +149,182 @@ void mma_validity(Warp& w, const Op& op, int num_a, int num_b, int rows) {
   const auto bad = [&](int i, int l) { return partial(i) && w.valid[op.regs[i].id][l] != 0xff; };
   for (int l = 0; l < kLanes; ++l) {
     for (int r = 0; r < num_a; ++r)
-      if (bad(op.num_dst + r, l)) bad_rows |= 1u << (l / 4 + (rows == 16 ? 8 * (r & 1) : 0));
+      if (bad(a0 + r, l)) bad_rows |= lines_of(p, true, r, l);
     for (int r = 0; r < num_b; ++r)
-      if (bad(op.num_dst + num_a + r, l)) bad_columns |= 1u << (l / 4);
+      if (bad(b0 + r, l)) bad_columns |= lines_of(p, false, r, l);
   }
-  const int c0 = op.num_dst + num_a + num_b;
-  const bool packed = op.num_dst == 2 && rows == 16;  // two f16 results a register
-  u8 valid[4][kLanes];
-  for (int e = 0; e < op.num_dst; ++e)
+  const int per = p.sum == Sum::kF16 ? 2 : 1;
+  u8 valid[8][kLanes];
+  for (int d = 0; d < op.num_dst; ++d)
     for (int l = 0; l < kLanes; ++l) {
-      const int row = l / 4 + (rows == 16 ? 8 * (packed ? e : e >> 1) : 0), column = 2 * (l % 4);
-      const u32 columns = packed ? 3u << column : 1u << (column + (e & 1));
-      valid[e][l] = !(bad_rows >> row & 1) && !(bad_columns & columns) && !bad(c0 + e, l) ? 0xff : 0;
+      bool good = true;
+      for (int e = per * d; e < per * (d + 1); ++e) {
+        const int at = place_of_sum(p, l, e), addend = c0 + (p.addend == Sum::kF16 ? e / 2 : e);
+        good = good && !bad(addend, l) && !(bad_rows >> (at / p.n) & 1) && !(bad_columns >> (at % p.n) & 1);
+      }
+      valid[d][l] = good ? 0xff : 0;
     }
-  for (int e = 0; e < op.num_dst; ++e) {
-    const Reg& r = op.regs[e];
+  for (int d = 0; d < op.num_dst; ++d) {
+    const Reg& r = op.regs[d];
     w.partial[r.id] = 1;
-    memcpy(w.valid[r.id].data(), valid[e], kLanes);
+    memcpy(w.valid[r.id].data(), valid[d], kLanes);
     w.origin[r.id] = origin;
   }
 }
 
-template <class A, class B, class Acc>
-void mma(Warp& w, const Op& op, u32) {
-  constexpr int per = std::is_same_v<A, float> ? 1 : sizeof(A) == 2 ? 2 : 4;
-  const int k = static_cast<int>(op.imm), num_d = op.num_dst;
-  const int num_a = k / (4 * per) * 2, num_b = k / (4 * per);
-  double a[16][64], b[64][8], sum[16][8];
-  for (int r = 0; r < num_a; ++r) {
-    const u32* reg = w.reg<u32>(op, num_d + r);
-    for (int l = 0; l < kLanes; ++l)
-      for (int e = 0; e < per; ++e) {
-        int row, column;
-        place_a(per, r, e, l / 4, l % 4, row, column);
-        a[row][column] = element<A>(reg, l, e);
-      }
+// Lines of `bytes` from registers that hold 16 bytes of a line in four lanes each; A of 16 rows in pairs of registers.
+void gather_lines(Warp& w, const Op& op, int first, int count, bool sixteen, u8* to, int bytes) {
+  for (int r = 0; r < count; ++r) {
+    const u32* reg = w.reg<u32>(op, first + r);
+    const int line = sixteen ? 8 * (r & 1) : 0, block = sixteen ? r >> 1 : r;
+    for (int g = 0; g < 8; ++g) memcpy(to + (line + g) * bytes + 16 * block, reg + 4 * g, 16);
   }
-  for (int r = 0; r < num_b; ++r) {
-    const u32* reg = w.reg<u32>(op, num_d + num_a + r);
-    for (int l = 0; l < kLanes; ++l)
-      for (int e = 0; e < per; ++e) {
-        int row, column;
-        place_b(per, r, e, l / 4, l % 4, row, column);
-        b[row][column] = element<B>(reg, l, e);
-      }
-  }
-  const int c0 = num_d + num_a + num_b;
-  for (int l = 0; l < kLanes; ++l)
-    for (int e = 0; e < 4; ++e) {
-      double v;
-      if constexpr (std::is_same_v<Acc, f16>) {
-        v = to_float(f16{static_cast<u16>(w.reg<u32>(op, c0 + e / 2)[l] >> (16 * (e & 1)))});
-      } else {
-        v = static_cast<double>(w.reg<Acc>(op, c0 + e)[l]);
-      }
-      sum[l / 4 + 8 * (e >> 1)][2 * (l % 4) + (e & 1)] = v;
-    }
-  if (std::is_same_v<Acc, i32> || w.cta->program.perturbation == 0) {
-    for (int i = 0; i < 16; ++i)
-      for (int p = 0; p < k; ++p)
-        for (int j = 0; j < 8; ++j) sum[i][j] += a[i][p] * b[p][j];
-  } else {
-    const int turn = static_cast<int>(w.cta->program.perturbation % static_cast<u64>(k));
-    for (int i = 0; i < 16; ++i)
-      for (int j = 0; j < 8; ++j)
-        for (int p = 0; p < k; p += 4) {
-          for (int q = p; q < p + 4; ++q) sum[i][j] += a[i][(q + turn) % k] * b[(q + turn) % k][j];
-          sum[i][j] = round_to(sum[i][j], 23, -126, std::numeric_limits<float>::max(), Round::kZero);
-        }
-  }
-  for (int l = 0; l < kLanes; ++l)
-    for (int e = 0; e < 4; ++e) {
-      const double v = sum[l / 4 + 8 * (e >> 1)][2 * (l % 4) + (e & 1)];
-      if constexpr (std::is_same_v<Acc, f16>) {
-        u32& d = w.reg<u32>(op, e / 2)[l];
-        const int shift = 16 * (e & 1);
-        d = (d & ~(0xffffu << shift)) | static_cast<u32>(f16_bits(v)) << shift;
-      } else if constexpr (std::is_same_v<Acc, float>) {
-        w.reg<float>(op, e)[l] = canonical(static_cast<float>(v));
-      } else {
-        w.reg<i32>(op, e)[l] = op.saturate ? saturate<i32>(v, Round::kNearest) : static_cast<i32>(static_cast<i64>(v));
-      }
-    }
-  mma_validity(w, op, num_a, num_b, 16);
 }
 
-void mma_f64(Warp& w, const Op& op, u32) {  // m8n8k4
+void gather_parts(Warp& w, const Op& op, int first, int count, u8* to) {
+  for (int r = 0; r < count; ++r) {
+    const u32* reg = w.reg<u32>(op, first + r);
+    for (int l = 0; l < kLanes; ++l) memcpy(to + 4 * (l * count + r), reg + l, 4);
+  }
+}
+
+void transpose(const double* from, int rows, int columns, double* to) {
+  for (int i = 0; i < rows; ++i)
+    for (int j = 0; j < columns; ++j) to[j * rows + i] = from[i * columns + j];
+}
+
+// The metadata of a row: four bits for each pair of elements (of pairs of elements, where they have four bits) that
+// are not zero among four, or for each of two float32.
+u64 metadata_of(const Product& p, const u32* e, int row) {
+  const u32* group = e + 4 * (row & 7);
+  if (bits_of(p.a) >= 16) {  // half a word of each thread is of a row: of 16 columns, of 8 with float32
+    const int threads = p.k * bits_of(p.a) / 256, shift = row < 8 ? 0 : 16;
+    const u64 low = group[threads * p.selector] >> shift & 0xffff;
+    return threads == 1 ? low : low | static_cast<u64>(group[threads * p.selector + 1] >> shift & 0xffff) << 16;
+  }
+  const int first = 2 * p.selector + (row < 8 ? 0 : 1);
+  const bool two = p.k * bits_of(p.a) == 512;
+  return group[first] | (two ? static_cast<u64>(group[first + 2]) << 32 : 0);
+}
+
+void expand(Warp& w, const Op& op, const Product& p, const double* packed, const u32* e, double* a) {
+  std::fill_n(a, p.m * p.k, 0.0);
+  const int width = bits_of(p.a) == 4 ? 2 : 1;  // elements that an index moves together
+  for (int i = 0; i < p.m; ++i) {
+    const u64 indices = metadata_of(p, e, i);
+    const double* from = packed + i * p.k / 2;
+    for (int at = 0; at < p.k / 2;) {
+      const int chunk = at / (p.a == Element::kTF32 ? 1 : 2 * width);
+      const int code = static_cast<int>(indices >> (4 * chunk) & 15);
+      const bool known = p.a == Element::kTF32 ? code == 0b1110 || code == 0b0100
+                                               : (code & 3) < code >> 2 || (!p.ordered && (code & 3) != code >> 2);
+      if (!known)
+        w.raise(op, 4 * (i & 7), "unsupported",
+                "unsupported: sparse metadata " + std::to_string(code) + " of row " + std::to_string(i) +
+                    ": it names no two elements");
+      if (p.a == Element::kTF32) {
+        a[i * p.k + 2 * chunk + (code == 0b1110)] = from[at++];
+        continue;
+      }
+      for (const int index : {code & 3, code >> 2})
+        for (int q = 0; q < width; ++q) a[i * p.k + (4 * chunk + index) * width + q] = from[at++];
+    }
+  }
+}
+
+void read_sums(Warp& w, const Op& op, const Product& p, int c0, double* sum) {
+  const int count = p.m * p.n / kLanes;
+  for (int e = 0; e < count; ++e) {
+    const u32* c = w.reg<u32>(op, c0 + (p.addend == Sum::kF16 ? e / 2 : e));
+    for (int l = 0; l < kLanes; ++l) {
+      double& s = sum[place_of_sum(p, l, e)];
+      if (p.addend == Sum::kF32) s = bits_as<float>(c[l]);
+      if (p.addend == Sum::kS32) s = static_cast<i32>(c[l]);
+      if (p.addend == Sum::kF16) s = to_float(f16{static_cast<u16>(c[l] >> (16 * (e & 1)))});
+    }
+  }
+}
+
+void write_sums(Warp& w, const Op& op, const Product& p, const double* sum) {
+  const int count = p.m * p.n / kLanes;
+  for (int e = 0; e < count; ++e) {
+    u32* d = w.reg<u32>(op, p.sum == Sum::kF16 ? e / 2 : e);
+    for (int l = 0; l < kLanes; ++l) {
+      const double v = sum[place_of_sum(p, l, e)];
+      if (p.sum == Sum::kF32) d[l] = bits_as<u32>(canonical(static_cast<float>(v)));
+      if (p.sum == Sum::kS32)
+        d[l] =
+            static_cast<u32>(op.saturate ? saturate<i32>(v, Round::kNearest) : static_cast<i32>(static_cast<i64>(v)));
+      if (p.sum == Sum::kF16) {
+        const int shift = 16 * (e & 1);
+        d[l] = (d[l] & ~(0xffffu << shift)) | static_cast<u32>(f16_bits(v)) << shift;
+      }
+    }
+  }
+}
+
+// regs: D, A, B, C [, metadata]
+void mma(Warp& w, const Op& op, u32) {
+  const Product p = product_of(op);
+  const int stored = p.sparse ? p.k / 2 : p.k;  // elements of A that a row has
+  const int num_a = registers_of_a(p), num_b = registers_of_b(p);
+  const int held_a = p.fragments ? op.vector : num_a, held_b = p.fragments ? op.width : num_b;  // copies included
+  const int a0 = op.num_dst, b0 = a0 + held_a, c0 = b0 + held_b;
+  alignas(64) u8 a_bytes[32 * 32], b_bytes[32 * 32];
+  alignas(64) double a[16 * 128], b[128 * 8], sum[32 * 32], other[16 * 128];
+  if (p.fragments) {
+    gather_parts(w, op, a0, num_a, a_bytes);
+    gather_parts(w, op, b0, num_b, b_bytes);
+  } else {
+    gather_lines(w, op, a0, num_a, p.m == 16, a_bytes, stored * bits_of(p.a) / 8);
+    gather_lines(w, op, b0, num_b, false, b_bytes, p.k * bits_of(p.b) / 8);
+  }
+  read_sums(w, op, p, c0, sum);
+  if (p.a == Element::kB1) {
+    count_bits(p, a_bytes, b_bytes, sum);
+  } else {
+    unpack(p.a, a_bytes, p.m * stored, p.sparse || p.a_columns ? other : a);
+    if (p.a_columns) transpose(other, p.k, p.m, a);
+    if (p.sparse) {
+      const Reg& e = op.regs[op.num_dst + op.num_src - 1];
+      w.require_valid(op, e, kAllLanes, 0x0f, "sparse metadata");
+      expand(w, op, p, other, reinterpret_cast<const u32*>(w.file + e.value), a);
+    }
+    unpack(p.b, b_bytes, p.n * p.k, p.b_rows ? b : other);
+    if (!p.b_rows) transpose(other, p.n, p.k, b);
+    const u64 perturbation = w.cta->program.perturbation;
+    if (p.n == 8) multiply<8>(p, perturbation, a, b, sum);
+    if (p.n == 16) multiply<16>(p, perturbation, a, b, sum);
+    if (p.n == 32) multiply<32>(p, perturbation, a, b, sum);
+  }
+  spread_validity(w, op, p, a0, b0, c0);  // of the sources, which results may overwrite
+  write_sums(w, op, p, sum);
+}
+
+// m8n8k4 of float64: one element of A and of B a lane. imm: 1 for A by columns, 2 for B by rows (wmma)
+void mma_f64(Warp& w, const Op& op, u32) {
   const double *a = w.reg<double>(op, 2), *b = w.reg<double>(op, 3);
   double d[2][kLanes];
   for (int l = 0; l < kLanes; ++l)
     for (int e = 0; e < 2; ++e) {
+      const int i = l / 4, j = 2 * (l % 4) + e;
       double s = w.reg<double>(op, 4 + e)[l];
-      for (int k = 0; k < 4; ++k) s = std::fma(a[4 * (l / 4) + k], b[4 * (2 * (l % 4) + e) + k], s);
+      for (int k = 0; k < 4; ++k)
+        s = std::fma(a[op.imm & 1 ? 8 * k + i : 4 * i + k], b[op.imm & 2 ? 8 * k + j : 4 * j + k], s);
       d[e][l] = canonical(s);
     }
-  for (int e = 0; e < 2; ++e) memcpy(w.reg<double>(op, e), d[e], sizeof(d[e]));
-  mma_validity(w, op, 1, 1, 8);
-}
-
-// m8n8k16 of 8-bit integers, one register of A and of B a lane
-template <class A, class B>
-void mma_bytes(Warp& w, const Op& op, u32) {
-  const u32 *a = w.reg<u32>(op, 2), *b = w.reg<u32>(op, 3);
-  i32 d[2][kLanes];
-  for (int l = 0; l < kLanes; ++l)
-    for (int e = 0; e < 2; ++e) {
-      double s = w.reg<i32>(op, 4 + e)[l];
-      for (int k = 0; k < 16; ++k)
-        s += element<A>(a, 4 * (l / 4) + k / 4, k % 4) * element<B>(b, 4 * (2 * (l % 4) + e) + k / 4, k % 4);
-      d[e][l] = op.saturate ? saturate<i32>(s, Round::kNearest) : static_cast<i32>(static_cast<i64>(s));
-    }
-  for (int e = 0; e < 2; ++e) memcpy(w.reg<i32>(op, e), d[e], sizeof(d[e]));
-  mma_validity(w, op, 1, 1, 8);
+  bool valid = true;
+  u32 origin = 0;
+  for (int i = 2; i < 6; ++i)
+    if (w.partial[op.regs[i].id]) valid = false, origin = w.origin[op.regs[i].id];
+  for (int e = 0; e < 2; ++e) {
+    memcpy(w.reg<double>(op, e), d[e], sizeof(d[e]));
+    const Reg& r = op.regs[e];
+    if (valid)
+      w.set_valid(r, kAllLanes);
+    else
+      w.partial[r.id] = 1, w.valid[r.id].fill(0), w.origin[r.id] = origin;
+  }
 }
 
 // m8n8k4 of float16, four products at once: each by four lanes and the four that stand sixteen behind them.
@@ -220,72 +369,145 @@ void mma_quads(Warp& w, const Op& op, u32) {
   }
 }
 
-bool decode_mma(Decoder& d, const Instruction& in, Op& op) {
-  if (in.modifiers.size() < 8 || !in.has("sync") || !in.has("aligned")) return false;
-  std::vector<std::string> types;
-  for (const auto& m : in.modifiers)
-    if (type_bytes(m) > 0 || m == "tf32" || m == "s4" || m == "u4" || m == "b1") types.push_back(m);
-  if (types.size() != 4) return false;
-  std::string shape;
-  for (const auto& m : in.modifiers)
-    if (m[0] == 'm' && m.find('n') != std::string::npos && m.find('k') != std::string::npos) shape = m;
-  const std::string &td = types[0], &ta = types[1], &tb = types[2], &tc = types[3];
-  if (in.modifiers.at(0) == "sp" || in.has("sp::ordered_metadata") || td != tc) return false;
-  std::string element = "b32", acc = "b32";
-  size_t num_a = 1, num_b = 1, num_d = 2;
-  const bool quads = shape == "m8n8k4" && ta == "f16";
-  if (quads) {
-    if (tb != "f16" || td != "f32") return false;
-    std::vector<std::string> orders;
-    for (const auto& m : in.modifiers)
-      if (m == "row" || m == "col") orders.push_back(m);
-    if (orders.size() != 2) return false;
-    op.imm = (orders[0] == "col" ? 1 : 0) | (orders[1] == "row" ? 2 : 0);
-    op.exec = &mma_quads;
-    acc = "f32", num_a = num_b = 2, num_d = 8;
-  } else if (!in.has("row") || !in.has("col")) {
-    return false;
-  } else if (shape == "m8n8k16" && td == "s32") {
-    op.saturate = in.has("satfinite");
-    if (ta == "s8" && tb == "s8") op.exec = &mma_bytes<i8, i8>;
-    if (ta == "u8" && tb == "u8") op.exec = &mma_bytes<u8, u8>;
-    if (ta == "s8" && tb == "u8") op.exec = &mma_bytes<i8, u8>;
-    if (ta == "u8" && tb == "s8") op.exec = &mma_bytes<u8, i8>;
-  } else if (shape == "m8n8k4" && ta == "f64") {
-    op.exec = &mma_f64;
-    element = acc = "f64";
-  } else {
-    if (shape.rfind("m16n8k", 0) != 0) return false;
-    const int k = std::stoi(shape.substr(6));
-    op.imm = k;
-    op.saturate = in.has("satfinite");
-    if (ta == "bf16" && tb == "bf16" && td == "f32" && (k == 8 || k == 16)) op.exec = &mma<bf16, bf16, float>;
-    if (ta == "f16" && tb == "f16" && td == "f32" && (k == 8 || k == 16)) op.exec = &mma<f16, f16, float>;
-    if (ta == "f16" && tb == "f16" && td == "f16" && (k == 8 || k == 16)) op.exec = &mma<f16, f16, f16>;
-    if (ta == "tf32" && tb == "tf32" && td == "f32" && (k == 4 || k == 8)) op.exec = &mma<float, float, float>;
-    if (td == "s32" && (k == 16 || k == 32)) {
-      if (ta == "s8" && tb == "s8") op.exec = &mma<i8, i8, i32>;
-      if (ta == "u8" && tb == "u8") op.exec = &mma<u8, u8, i32>;
-      if (ta == "s8" && tb == "u8") op.exec = &mma<i8, u8, i32>;
-      if (ta == "u8" && tb == "s8") op.exec = &mma<u8, i8, i32>;
-    }
-    const int per = ta == "tf32" ? 1 : ta == "f16" || ta == "bf16" ? 2 : 4;
-    num_a = static_cast<size_t>(k / (4 * per) * 2), num_b = static_cast<size_t>(k / (4 * per));
-    num_d = td == "f16" ? 2 : 4;
+const std::map<std::string, Element>& elements() {
+  static const std::map<std::string, Element> names = {
+      {"f16", Element::kF16}, {"bf16", Element::kBF16}, {"tf32", Element::kTF32}, {"s8", Element::kS8},
+      {"u8", Element::kU8},   {"s4", Element::kS4},     {"u4", Element::kU4},     {"b1", Element::kB1}};
+  return names;
+}
+
+// Shape, orders and types of a product, as its modifiers give them.
+struct Form {
+  int m = 0, n = 0, k = 0;
+  std::vector<std::string> orders, types;
+};
+
+Form form_of(const Instruction& in) {
+  Form f;
+  for (const auto& m : in.modifiers) {
+    if (m == "row" || m == "col") f.orders.push_back(m);
+    if (type_bytes(m) > 0 || m == "tf32" || m == "s4" || m == "u4" || m == "b1") f.types.push_back(m);
+    if (m[0] == 'm' && m.find('n') != std::string::npos && m.find('k') != std::string::npos)
+      sscanf(m.c_str(), "m%dn%dk%d", &f.m, &f.n, &f.k);
   }
-  if (op.exec == nullptr) return false;
-  d.expect_operands(in, 4);
+  return f;
+}
+
+// D, A, B, C as many registers each as `counts` says; and one more operand, where there is one.
+void set_operands(Decoder& d, const Instruction& in, Op& op, const std::array<size_t, 4>& counts,
+                  const std::string& element, const std::string& sum) {
   std::vector<Reg> dst, src;
-  auto list = [](const Operand& o) { return o.kind == Operand::kVector ? o.list : std::vector<Operand>{o}; };
-  for (const auto& o : list(in.operands[0])) dst.push_back(d.result(o, acc));
-  const size_t lengths[] = {num_d, num_a, num_b, num_d};
-  for (size_t i = 0; i < 4; ++i)
-    if (list(in.operands[i]).size() != lengths[i])
-      Decoder::fail("mma with " + std::to_string(list(in.operands[i]).size()) + " registers for operand " +
+  const auto list = [](const Operand& o) { return o.kind == Operand::kVector ? o.list : std::vector<Operand>{o}; };
+  for (size_t i = 0; i < 4; ++i) {
+    const auto registers = list(in.operands.at(i));
+    if (registers.size() != counts[i])
+      Decoder::fail(in.opcode + " with " + std::to_string(registers.size()) + " registers for operand " +
                     std::to_string(i));
-  for (size_t i = 1; i < 4; ++i)
-    for (const auto& o : list(in.operands[i])) src.push_back(d.source(o, i == 3 ? acc : element));
+    for (const auto& o : registers) {
+      if (i == 0)
+        dst.push_back(d.result(o, sum));
+      else
+        src.push_back(d.source(o, i == 3 ? sum : element));
+    }
+  }
+  if (in.operands.size() > 4) src.push_back(d.source(in.operands[4], "b32"));
   d.set(op, dst, src);
+}
+
+// What A, B and the sums are of; false for what does not go together.
+bool set_types(const Form& f, const Instruction& in, Product& p) {
+  const std::string &td = f.types[0], &ta = f.types[1], &tb = f.types[2], &tc = f.types[3];
+  const auto a = elements().find(ta), b = elements().find(tb);
+  if (a == elements().end() || b == elements().end()) return false;
+  p.a = a->second, p.b = b->second;
+  const bool integers = is_integer(p.a);
+  if (bits_of(p.a) != bits_of(p.b) || (!integers && p.a != p.b)) return false;
+  for (const auto& type : {td, tc})
+    if (integers ? type != "s32" : type != "f32" && !(type == "f16" && p.a == Element::kF16)) return false;
+  p.sum = integers ? Sum::kS32 : td == "f16" ? Sum::kF16 : Sum::kF32;
+  p.addend = integers ? Sum::kS32 : tc == "f16" ? Sum::kF16 : Sum::kF32;
+  p.ands = in.has("and");
+  return (p.a == Element::kB1) == in.has("popc") && (!in.has("popc") || in.has("and") || in.has("xor"));
+}
+
+bool decode_mma(Decoder& d, const Instruction& in, Op& op) {
+  const Form f = form_of(in);
+  if (!in.has("sync") || !in.has("aligned") || f.types.size() != 4 || f.orders.size() != 2) return false;
+  Product p;
+  p.sparse = in.has("sp") || in.has("sp::ordered_metadata");
+  d.expect_operands(in, p.sparse ? 6 : 4);
+  if (!p.sparse && f.m == 8 && f.n == 8 && f.k == 4 && f.types[1] == "f16") {
+    if (f.types[0] != "f32" || f.types[2] != "f16" || f.types[3] != "f32") return false;
+    op.imm = (f.orders[0] == "col" ? 1 : 0) | (f.orders[1] == "row" ? 2 : 0);
+    op.exec = &mma_quads;
+    set_operands(d, in, op, {8, 2, 2, 8}, "b32", "f32");
+    return true;
+  }
+  if (f.orders[0] != "row" || f.orders[1] != "col" || f.n != 8) return false;
+  if (!p.sparse && f.m == 8 && f.k == 4 &&
+      std::all_of(f.types.begin(), f.types.end(), [](auto& t) { return t == "f64"; })) {
+    op.exec = &mma_f64;
+    set_operands(d, in, op, {2, 1, 1, 2}, "f64", "f64");
+    return true;
+  }
+  if (f.types[0] != f.types[3] || !set_types(f, in, p)) return false;
+  p.m = static_cast<u8>(f.m), p.k = static_cast<u16>(f.k);
+  p.ordered = in.has("sp::ordered_metadata");
+  const int block = 4 * per_register(p.a), stored = p.sparse ? f.k / 2 : f.k;
+  if (f.m == 16 ? stored != block && stored != 2 * block : f.m != 8 || p.sparse || f.k != block || !is_integer(p.a))
+    return false;
+  if (p.sparse) {
+    if (p.a == Element::kB1 || in.operands[5].kind != Operand::kInt) return false;
+    p.selector = static_cast<u8>(in.operands[5].bits);
+    // The metadata of a group of four threads are in one, two or all of them.
+    const u64 holders = static_cast<u64>(f.k) * bits_of(p.a) / (bits_of(p.a) >= 16 ? 256 : 128);
+    if (in.operands[5].bits >= 4 / holders) Decoder::fail("a sparsity selector beyond its threads");
+  }
+  op.saturate = in.has("satfinite");
+  keep(p, op);
+  const size_t sums = static_cast<size_t>(f.m / 4 / (p.sum == Sum::kF16 ? 2 : 1));
+  set_operands(d, in, op, {sums, static_cast<size_t>(registers_of_a(p)), static_cast<size_t>(registers_of_b(p)), sums},
+               "b32", "b32");
+  op.exec = &mma;
+  return true;
+}
+
+// wmma.mma.sync.aligned.alayout.blayout.shape.dtype[.atype.btype].ctype: with one or two types, A and B are f16.
+bool decode_wmma(Decoder& d, const Instruction& in, Op& op) {
+  Form f = form_of(in);
+  if (!in.has("mma") || !in.has("sync") || !in.has("aligned") || f.orders.size() != 2) return false;
+  if (f.types.size() == 2) f.types = {f.types[0], "f16", "f16", f.types[1]};
+  if (f.types.size() != 4) return false;
+  d.expect_operands(in, 4);
+  const bool a_columns = f.orders[0] == "col", b_rows = f.orders[1] == "row";
+  if (f.m == 8 && f.n == 8 && f.k == 4 &&
+      std::all_of(f.types.begin(), f.types.end(), [](auto& t) { return t == "f64"; })) {
+    op.imm = (a_columns ? 1 : 0) | (b_rows ? 2 : 0);
+    op.exec = &mma_f64;
+    set_operands(d, in, op, {2, 1, 1, 2}, "f64", "f64");
+    return true;
+  }
+  const int shape = 10000 * f.m + 100 * f.n + f.k;
+  Product p;
+  p.fragments = true, p.a_columns = a_columns, p.b_rows = b_rows;
+  if (!set_types(f, in, p)) return false;
+  const int bits = bits_of(p.a);
+  const bool known = bits == 32  ? shape == 161608
+                     : bits == 4 ? f.m == 8 && f.n == 8 && f.k == 32
+                     : bits == 1 ? f.m == 8 && f.n == 8 && f.k == 128
+                                 : shape == 161616 || shape == 83216 || shape == 320816;
+  if (!known || (bits < 8 && (a_columns || b_rows))) return false;
+  p.m = static_cast<u8>(f.m), p.n = static_cast<u8>(f.n), p.k = static_cast<u16>(f.k);
+  op.saturate = in.has("satfinite");
+  keep(p, op);
+  // Fragments of float16 always have eight registers.
+  const size_t num_a = p.a == Element::kF16 ? 8 : static_cast<size_t>(registers_of_a(p));
+  const size_t num_b = p.a == Element::kF16 ? 8 : static_cast<size_t>(registers_of_b(p));
+  op.vector = static_cast<u8>(num_a), op.width = static_cast<u8>(num_b);
+  const size_t sums = static_cast<size_t>(f.m * f.n / kLanes);
+  set_operands(d, in, op, {p.sum == Sum::kF16 ? sums / 2 : sums, num_a, num_b, p.addend == Sum::kF16 ? sums / 2 : sums},
+               "b32", "b32");
+  op.exec = &mma;
   return true;
 }
 
@@ -295,7 +517,8 @@ bool decode_matrix(Decoder& d, const Instruction& in, Op& op) {
   op.rule = Rule::kOwn;
   op.flow = Flow::kMeet;
   op.aligned = true;
-  return in.opcode == "mma" && decode_mma(d, in, op);
+  if (in.opcode == "mma") return decode_mma(d, in, op);
+  return in.opcode == "wmma" && decode_wmma(d, in, op);
 }
 
 }  // namespace gpusim

@@ -98,6 +98,7 @@ Region* checked(Warp& w, const Op& op, int lane, u64 address, u32 bytes, u32 ali
   if (inside && !r->views.empty())
     inside = std::any_of(r->views.begin(), r->views.end(),
                          [&](const auto& v) { return offset >= v.first && offset + bytes <= v.second; });
+  if (inside && r->heap != nullptr) inside = r->heap->holds(offset, bytes);
   if (!inside) {
     w.fault(op, lane, "out of bounds",
             std::string("out of bounds ") + verb + " of " + std::to_string(bytes) + " bytes at " + hex(address) + " (" +
@@ -650,6 +651,126 @@ void load_matrix(Warp& w, const Op& op, u32) {
   }
 }
 
+// ---- wmma.load and wmma.store: matrix.cpp says which elements a lane has
+struct Fragment {
+  u16 line = 0;             // elements of a row, of a column where the memory is by columns
+  u8 count = 0, bits = 0;   // elements of a lane, their bits
+  u8 registers = 0;         // with copies
+  bool by_columns = false;  // of an accumulator: a lane's elements are in different columns
+  u8 columns = 0;           // of an accumulator
+};
+
+// One access of a part of a fragment in each lane: what it reads, or where `data` goes; false where it is a fault.
+bool read_part(Warp& w, const Op& op, int l, Space space, u64 address, u32 bytes, u8* data, u8* known) {
+  if (space == Space::kShared) {
+    if (!checked_shared(w, op, l, address, bytes, 1, "load")) return false;
+    w.cta->read_shared(w, op, l, static_cast<u32>(address), bytes);
+    memcpy(data, w.cta->shared.data() + address, bytes);
+    memcpy(known, w.cta->shared_valid.data() + address, bytes);
+    return true;
+  }
+  Region* r = checked(w, op, l, address, bytes, 1, "load");
+  if (r == nullptr) return false;
+  const bool racy = !follow_read(w, op, l, *r, address - r->base, bytes);
+  memcpy(data, r->host + (address - r->base), bytes);
+  for (u32 b = 0; b < bytes; ++b) known[b] = !racy && (r->valid.empty() || r->valid[address - r->base + b]);
+  return true;
+}
+
+void write_part(Warp& w, const Op& op, int l, Space space, u64 address, u32 bytes, const u8* data, const u8* known) {
+  if (space == Space::kShared) {
+    if (checked_shared(w, op, l, address, bytes, 1, "store"))
+      w.cta->write_shared(w, op, l, static_cast<u32>(address), data, known, bytes);
+    return;
+  }
+  Region* r = checked(w, op, l, address, bytes, 1, "store");
+  if (r == nullptr) return;
+  if (r->constant)
+    return w.fault(op, l, "out of bounds", "out of bounds: a store to constant memory, " + r->name, address, r);
+  follow_write(w, op, l, *r, address - r->base, data, bytes);
+  memcpy(r->host + (address - r->base), data, bytes);
+}
+
+// f(addresses of the lanes, their space, bytes, where in a lane's data) for each access that a fragment takes: one, or
+// one for each element. regs: [results,] address, stride [, sources]
+template <class F>
+void for_each_part(Warp& w, const Op& op, F f) {
+  const auto part = std::bit_cast<Fragment>(op.imm2);
+  Addresses base;
+  addresses_of(w, op, first_address(op, op.num_dst), kAllLanes, base);
+  const Reg& strides = op.regs[op.num_dst + 1];
+  w.require_valid(op, strides, kAllLanes, 0x0f, "a stride");
+  const u32* stride = reinterpret_cast<const u32*>(w.file + strides.value);
+  for (int l = 1; l < kLanes; ++l)
+    if (base.lane[l] != base.lane[0] || stride[l] != stride[0])
+      w.raise(op, l, "unsupported", "unsupported: wmma with different addresses or strides in the lanes of a warp");
+  const u64 whole = part.registers * static_cast<u64>(op.width), step = static_cast<u64>(stride[0]) * part.bits / 8;
+  // Rows begin where a fragment could; CUDA C++ asks no more than 16 bytes of the distance between them.
+  if (base.lane[0] % whole != 0 || step % std::min<u64>(whole, 16) != 0)
+    w.raise(op, 0, "misaligned",
+            "misaligned matrix: at " + hex(base.lane[0]) + ", rows of " + std::to_string(step) +
+                " bytes, fragments of " + std::to_string(whole),
+            base.lane[0]);
+  const int accesses = part.by_columns ? part.count : 1;
+  const u32 bytes = static_cast<u32>(part.count / accesses * part.bits / 8);
+  for (int i = 0; i < accesses; ++i) {
+    Addresses a;
+    for (int l = 0; l < kLanes; ++l) {
+      const u64 first = static_cast<u64>(l * part.count + i);
+      const u64 line = part.by_columns ? first % part.columns : first / part.line;
+      const u64 at = part.by_columns ? first / part.columns : first % part.line;
+      a.lane[l] = base.lane[0] + line * step + at * part.bits / 8;
+    }
+    for_each_space(w, op, op.space, kAllLanes, a, [&](u32, Space space) {
+      if (space != Space::kShared && space != Space::kGlobal)
+        w.raise(op, 0, "unsupported", "unsupported: wmma on local memory or parameters");
+      count_access((*w.counters)[op.index], space, a, kAllLanes, bytes);
+      f(a, space, bytes, static_cast<u32>(i) * bytes);
+    });
+  }
+}
+
+void load_fragment(Warp& w, const Op& op, u32) {
+  u8 data[kLanes][64] = {}, known[kLanes][64] = {};
+  u32 held = 0;
+  for_each_part(w, op, [&](const Addresses& a, Space space, u32 bytes, u32 at) {
+    for (int l = 0; l < kLanes; ++l) read_part(w, op, l, space, a.lane[l], bytes, data[l] + at, known[l] + at);
+    held = at + bytes;
+  });
+  for (int r = 0; r < op.num_dst; ++r) {
+    const u32 at = static_cast<u32>(r) * op.width % held;  // float16 has copies
+    bool all = true;
+    u8 valid[kLanes];
+    for (int l = 0; l < kLanes; ++l) {
+      put_element(w, op, r, l, data[l] + at);
+      valid[l] = 0;
+      for (u32 b = 0; b < op.width; ++b) valid[l] |= static_cast<u8>((known[l][at + b] != 0) << b);
+      all = all && valid[l] == static_cast<u8>((1u << op.width) - 1);
+    }
+    set_loaded(w, op, kAllLanes, r, valid, all);
+  }
+}
+
+void store_fragment(Warp& w, const Op& op, u32) {
+  u8 data[kLanes][64], known[kLanes][64];
+  const int first = 2, count = op.num_src - first;
+  for (int l = 0; l < kLanes; ++l)
+    for (int r = 0; r < count; ++r) {
+      const Reg& from = op.regs[first + r];
+      const u8 bits = w.partial[from.id] ? w.valid[from.id][l] : kWhole;
+      memcpy(data[l] + r * op.width, w.file + from.value + op.width * l, op.width);
+      for (u32 b = 0; b < op.width; ++b) known[l][r * op.width + static_cast<int>(b)] = bits >> b & 1;
+    }
+  w.cta->serial += 1;
+  for_each_part(w, op, [&](const Addresses& a, Space space, u32 bytes, u32 at) {
+    if (space == Space::kGlobal)
+      for (int r = 0; r < count; ++r)
+        w.require_valid(op, op.regs[first + r], kAllLanes, static_cast<u8>((1u << op.width) - 1),
+                        "a store to global memory");
+    for (int l = kLanes - 1; l >= 0; --l) write_part(w, op, l, space, a.lane[l], bytes, data[l] + at, known[l] + at);
+  });
+}
+
 }  // namespace
 
 Space space_of(const Instruction& in) {
@@ -782,6 +903,55 @@ void decode_async(Decoder& d, const Instruction& in, Op& op) {
   op.exec = &async_copy;
 }
 
+// wmma.load.{a|b|c}.sync.aligned.layout.shape[.space].type registers, [address] [, stride]; wmma.store.d likewise.
+void decode_fragment(Decoder& d, const Instruction& in, Op& op) {
+  const bool is_load = in.has("load");
+  const std::string type = in.last();
+  int m = 0, n = 0, k = 0;
+  for (const auto& modifier : in.modifiers)
+    if (sscanf(modifier.c_str(), "m%dn%dk%d", &m, &n, &k) == 3) break;
+  const bool columns = in.has("col");
+  if (!in.has("sync") || !in.has("aligned") || columns == in.has("row") || k == 0 || m * n * k > 1 << 14)
+    Decoder::fail("wmma without a shape, an order, .sync or .aligned");
+  const std::map<std::string, u8> sizes = {{"f16", 16}, {"bf16", 16}, {"tf32", 32}, {"f32", 32},
+                                           {"s32", 32}, {"f64", 64},  {"s8", 8},    {"u8", 8},
+                                           {"s4", 4},   {"u4", 4},    {"b1", 1}};
+  if (!sizes.count(type)) Decoder::fail("wmma of type ." + type);
+  Fragment part;
+  part.bits = sizes.at(type);
+  const bool of_a = in.has("a"), of_b = in.has("b");
+  const int rows = of_b ? k : m, columns_of = of_a ? k : n;
+  part.line = static_cast<u16>(columns ? rows : columns_of);
+  part.count = static_cast<u8>(rows * columns_of / kLanes);
+  part.by_columns = columns && !of_a && !of_b;
+  part.columns = static_cast<u8>(columns_of);
+  if (part.bits < 8 && columns != of_b) Decoder::fail("wmma: of small elements, A is by rows and B by columns");
+  op.width = part.bits == 64 ? 8 : 4;
+  op.wide = part.bits == 64;
+  const bool copies = type == "f16" && (of_a || of_b);
+  part.registers = static_cast<u8>(copies ? 8 : part.count * part.bits / (8 * op.width));
+  op.imm2 = std::bit_cast<i64>(part);
+  const Operand& place = in.operands.at(is_load ? 1 : 0);
+  const Operand& values = in.operands.at(is_load ? 0 : 1);
+  const auto list = values.kind == Operand::kVector ? values.list : std::vector<Operand>{values};
+  if (list.size() != part.registers)
+    Decoder::fail("wmma with " + std::to_string(list.size()) + " registers, expected " +
+                  std::to_string(part.registers));
+  if (in.operands.size() > 3) Decoder::fail("wmma with more than a stride");
+  std::vector<Reg> dst, src = {d.address_base(place, op.wide_address)};
+  op.imm = place.offset;
+  src.push_back(in.operands.size() == 3 ? d.source(in.operands[2], "u32") : d.constant(part.line, false));
+  for (const auto& o : list)
+    (is_load ? dst : src)
+        .push_back(is_load ? d.result(o, op.wide ? "b64" : "b32") : d.source(o, op.wide ? "b64" : "b32"));
+  d.set(op, dst, src);
+  op.space = space_of(in);
+  op.exec = is_load ? &load_fragment : &store_fragment;
+  op.flow = Flow::kMeet;
+  op.aligned = true;
+  op.rule = Rule::kOwn;
+}
+
 }  // namespace
 
 bool decode_memory(Decoder& d, const Instruction& in, Op& op) {
@@ -816,6 +986,9 @@ bool decode_memory(Decoder& d, const Instruction& in, Op& op) {
     op.flow = Flow::kMeet;
     op.aligned = true;
     op.rule = Rule::kOwn;
+  } else if (o == "wmma") {
+    if (in.has("mma")) return false;
+    decode_fragment(d, in, op);
   } else if (o == "prefetch" || o == "prefetchu" || o == "discard" || o == "applypriority") {
     d.set(op, {}, {});
     op.exec = [](Warp&, const Op&, u32) {};

@@ -35,7 +35,7 @@ void describe_counters(const Launch& run, Put put) {
     const OpCounters& c = run.counters[op.index];
     if (c.warps == 0 || op.source < 0) continue;
     const Instruction& in = *run.program.instruction(op.index);
-    const bool stores = in.opcode == "st" || in.opcode == "red";
+    const bool stores = in.opcode == "st" || in.opcode == "red" || (in.opcode == "wmma" && in.has("store"));
     const std::string space = c.bytes == 0 ? "" : c.ideal_wavefronts ? "shared" : "global";
     put(in.line, in.opcode, in.text, run.program.where(op.index), c.warps, c.lanes, space, stores, c.bytes, c.sectors,
         c.wavefronts, c.ideal_wavefronts, c.collisions);

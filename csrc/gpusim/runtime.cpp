@@ -127,6 +127,8 @@ struct Runtime {
   std::set<u64> slots;       // every 4 GiB that ever were ours
   std::deque<u64> released;  // of them, those free again, the oldest first
   u64 grid_barrier = 0;
+  Heap heap;  // of kernels' malloc, which lasts as long as the process
+  u64 heap_at = 0;
   std::vector<Configuration> configurations;
   Options options;
   u64 perturbation = 0, allocated = 0, launches = 0;
@@ -325,6 +327,11 @@ struct Runtime {
       memset(reinterpret_cast<void*>(a->base), 0, 64);
       run.grid_barrier = grid_barrier = a->base;
     }
+    if (p->has_heap && heap_at == 0) {
+      const Allocation* a = allocate(Heap::kSize, "the kernels' heap", false);
+      if (a == nullptr) return fail(cudaErrorMemoryAllocation);
+      heap_at = a->base;
+    }
     run.relocate = false;  // variables keep what the program wrote
     std::vector<Allocation*> mapped;
     for (auto& [base, a] : memory) {
@@ -333,6 +340,7 @@ struct Runtime {
       r.name = a.name;
       r.valid = std::move(a.valid);
       r.views = a.views;
+      if (base == heap_at) r.heap = &heap;
       // Two modules may have variables of one name.
       const auto own = kernel.module->variables.find(a.name);
       if (own != kernel.module->variables.end() && own->second != base) r.name += " of another module";

@@ -7,12 +7,13 @@ these: every random choice follows from (seed, epoch, index), so no worker, proc
 from eva02.data.loader import BadImages, TrainLoader, eval_loader
 from eva02.data.masking import BlockMask, every_other
 from eva02.data.sources import ArraySource, Source, open_source
-from eva02.data.transforms import EvalTransform, FinetuneTransform, MimTransform, Mixup
+from eva02.data.transforms import ClipTransform, EvalTransform, FinetuneTransform, MimTransform, Mixup
 
 __all__ = [
     "ArraySource",
     "BadImages",
     "BlockMask",
+    "ClipTransform",
     "EvalTransform",
     "FinetuneTransform",
     "MimTransform",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -90,6 +91,7 @@ class TrainLoader:
             collate_fn=_Collate(self.collate, self.seed),
             prefetch_factor=self.prefetch if self.num_workers else None,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_leave_signals_to_the_run,
             generator=torch.Generator(),  # else it draws from the global one
         )
         for batch in loader:
@@ -138,6 +140,11 @@ class TrainLoader:
 def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
     """The generator of everything that is drawn for a sample in an epoch."""
     return np.random.default_rng((seed, epoch, index, _SAMPLE))
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """A scheduler sends SIGTERM to all processes of a job; the run needs its loader to finish the step and to save."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class _Order(Sampler[list[tuple[int, int]]]):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
@@ -33,7 +33,7 @@ def seeded(rng: np.random.Generator) -> Iterator[None]:
     seed = int(rng.integers(2**32))
     random.seed(seed)
     np.random.seed(seed)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs' too
     try:
         yield
     finally:
@@ -147,6 +147,35 @@ class FinetuneTransform:
         with seeded(rng):
             pixels = self.transform(image)
         return {"image": pixels, "label": torch.tensor(target)}
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipTransform:
+    """Contrastive training: random resized crop and a caption. Gives "image" and "text" (context,) int64.
+
+    The target is a caption, several of which one is drawn, or a class, whose name is put into one of the prompts.
+    """
+
+    size: tuple[int, int]
+    """Height and width, in pixels."""
+    tokenize: Callable[[list[str]], Tensor]
+    """N texts -> (N, context), such as open_clip's tokenizer."""
+    scale: tuple[float, float] = (0.9, 1.0)
+    classes: Sequence[str] | None = None
+    prompts: Sequence[str] = ("a photo of a {}.",)
+
+    def __call__(self, image: Image.Image, target: Any, rng: np.random.Generator) -> Sample:
+        crop = Crop.draw(image, rng, self.scale)._replace(flip=False)
+        text = self.tokenize([self._caption(target, rng)])[0]
+        return {"image": crop.apply(image, self.size), "text": text}
+
+    def _caption(self, target: Any, rng: np.random.Generator) -> str:
+        if isinstance(target, int) and self.classes is not None:
+            return str(rng.choice(list(self.prompts))).format(self.classes[target])
+        captions = [target] if isinstance(target, str) else target
+        if not isinstance(captions, list) or not captions:
+            raise ValueError(f"contrastive training needs captions, or classes with names; this target is {target!r}")
+        return captions[rng.integers(len(captions))]
 
 
 @dataclasses.dataclass(frozen=True)

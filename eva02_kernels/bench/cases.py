@@ -468,6 +468,27 @@ def masked_cosine_loss(s: Shape, draw: _Draw) -> dict[str, Any]:
     }
 
 
+@_case
+def clip_loss(s: Shape, draw: _Draw) -> dict[str, Any]:
+    """Pairs enough for a matrix of similarities to be worth avoiding; of cosines' size, without normalising."""
+    pairs = 64 * s.batch
+    draw.activation("image", pairs, s.dim)
+    draw.activation("text", pairs, s.dim)
+    draw.add("logit_scale", torch.tensor(14.3 / s.dim))
+
+    def expression(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
+        wide = torch.promote_types(image.dtype, torch.float32)
+        logits = (logit_scale * image @ text.T).to(wide)
+        labels = torch.arange(pairs, device=image.device)
+        return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+    return {
+        "ours": lambda image, text, logit_scale: ek.clip_loss(image, text, logit_scale),
+        "expression": expression,
+        "canonical": lambda t: ((t["image"], t["text"], t["logit_scale"]), {}),
+    }
+
+
 def make_problem(op: str, shape: Shape, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Problem:
     """Inputs, arms' functions, and the operator's declared work at this shape. Raises Unsupported where it has none."""
     draw = _Draw(shape, dtype, device)

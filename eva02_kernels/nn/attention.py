@@ -12,7 +12,7 @@ from eva02_kernels.rope import RopeTable
 
 
 class RopeAttention(nn.Module):
-    """Multi-head self-attention with 2-D RoPE on queries and keys and no key bias.
+    """Multi-head self-attention with 2-D RoPE on queries and keys and, in EVA-02, no key bias.
 
     Equivalent PyTorch::
 
@@ -32,6 +32,7 @@ class RopeAttention(nn.Module):
         attn_head_dim: channels per head; None is dim // num_heads.
         norm_layer: builds the LayerNorm of `scale_norm`.
         scale_norm: LayerNorm on the merged heads, before `proj`.
+        k_bias: a bias of the keys too, where there is one at all: `qkv.bias`, as in plain vision transformers.
         rotate_half: must agree with the table's layout (checked); pairs are channels (j, j + D/2).
 
     Source: Vaswani et al., arXiv:1706.03762; Fang et al., arXiv:2303.11331.
@@ -49,6 +50,7 @@ class RopeAttention(nn.Module):
         scale_norm: bool = False,
         rotate_half: bool = False,
         *,
+        k_bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -66,13 +68,13 @@ class RopeAttention(nn.Module):
         attn_dim = self.head_dim * num_heads
         self.qkv = self.q_proj = self.k_proj = self.v_proj = self.q_bias = self.v_bias = None
         if qkv_fused:
-            self.qkv = nn.Linear(dim, attn_dim * 3, bias=False, **factory)
-            if qkv_bias:
+            self.qkv = nn.Linear(dim, attn_dim * 3, bias=qkv_bias and k_bias, **factory)
+            if qkv_bias and not k_bias:
                 self.q_bias = nn.Parameter(torch.empty(attn_dim, **factory))
                 self.v_bias = nn.Parameter(torch.empty(attn_dim, **factory))
         else:
             self.q_proj = nn.Linear(dim, attn_dim, bias=qkv_bias, **factory)
-            self.k_proj = nn.Linear(dim, attn_dim, bias=False, **factory)
+            self.k_proj = nn.Linear(dim, attn_dim, bias=qkv_bias and k_bias, **factory)
             self.v_proj = nn.Linear(dim, attn_dim, bias=qkv_bias, **factory)
         self.norm = fusable_norm(norm_layer(attn_dim, **factory), "RopeAttention") if scale_norm else None
         self.proj = nn.Linear(attn_dim, dim, **factory)
@@ -114,12 +116,12 @@ class RopeAttention(nn.Module):
         if qkv is not None:
             weight = qkv.weight
             q_bias = self.q_bias
-            bias = None if q_bias is None else (q_bias, None, self.v_bias)
+            bias = qkv.bias if q_bias is None else (q_bias, None, self.v_bias)
         else:
             q_proj, k_proj, v_proj = self.q_proj, self.k_proj, self.v_proj
             weight = (q_proj.weight, k_proj.weight, v_proj.weight)
             q_bias = q_proj.bias
-            bias = None if q_bias is None else (q_bias, None, v_proj.bias)
+            bias = None if q_bias is None else (q_bias, k_proj.bias, v_proj.bias)
         prefix = self.num_prefix_tokens
         if rope is not None and rope.layout.startswith("half") != self.rotate_half:
             raise ValueError(

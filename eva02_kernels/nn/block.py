@@ -51,7 +51,7 @@ class EvaBlock(nn.Module):
     Args:
         dim: channels.
         num_heads: attention heads.
-        qkv_bias, qkv_fused: see RopeAttention.
+        qkv_bias, qkv_fused, k_bias: see RopeAttention.
         mlp_ratio: hidden width of the feed-forward network over dim; rounded down.
         swiglu_mlp: SwiGLU instead of GELU.
         swiglu_align_to: rounds SwiGLU's hidden width up to a multiple (and keeps its projections separate).
@@ -93,6 +93,7 @@ class EvaBlock(nn.Module):
         norm_layer: NormLayer = DEFAULT_NORM,
         attn_head_dim: int | None = None,
         *,
+        k_bias: bool = False,
         use_post_norm: bool = False,
         recompute: bool = False,
         device: torch.device | str | None = None,
@@ -117,6 +118,7 @@ class EvaBlock(nn.Module):
             norm_layer=norm_layer,
             scale_norm=scale_attn_inner,
             rotate_half=rotate_half,
+            k_bias=k_bias,
             **factory,
         )
         self.norm2 = fusable_norm(norm_layer(dim, **factory), "EvaBlock")

@@ -9,6 +9,7 @@
 #include <cub/cub.cuh>
 #include <cuda/barrier>
 #include <cuda/pipeline>
+#include <mma.h>
 #include <numeric>
 #include <vector>
 
@@ -314,11 +315,118 @@ int run_doubles() {
 }
 
 __global__ void say(int x) {
-  if (threadIdx.x == 3) printf("thread %d of %u: %5.2f %s %lld%%\n", x, blockDim.x, 1.25, "text", 1ll << 40);
+  if (threadIdx.x == 3) {
+    printf("thread %d of %u: %5.2f %s %lld%%\n", x, blockDim.x, 1.25, "text", 1ll << 40);
+    printf("[%*d] [%-*.*f] [%.*f]\n", 6, x, 8, 3, 2.0625, -1, 0.5);
+  }
 }
 
 int run_printf() {
   say<<<1, 32>>>(3);
+  return cudaDeviceSynchronize() != cudaSuccess;
+}
+
+// ---- wmma: rows of C = A B^T, of which one warp has a tile of 16 columns
+constexpr int kRows = 48, kInner = 64;
+
+__global__ void tiles(const __nv_bfloat16* a, const __nv_bfloat16* b, float* c) {
+  using namespace nvcuda;
+  __shared__ __nv_bfloat16 rows[16 * (kInner + 8)];
+  for (int i = threadIdx.x; i < 16 * kInner; i += blockDim.x)
+    rows[i / kInner * (kInner + 8) + i % kInner] = a[blockIdx.x * 16 * kInner + i];
+  __syncthreads();
+  const int column = threadIdx.x / 32 * 16;
+  wmma::fragment<wmma::accumulator, 16, 16, 16, float> sum;
+  wmma::fill_fragment(sum, 1.f);
+  for (int k = 0; k < kInner; k += 16) {
+    wmma::fragment<wmma::matrix_a, 16, 16, 16, __nv_bfloat16, wmma::row_major> left;
+    wmma::fragment<wmma::matrix_b, 16, 16, 16, __nv_bfloat16, wmma::col_major> right;
+    wmma::load_matrix_sync(left, rows + k, kInner + 8);
+    wmma::load_matrix_sync(right, b + column * kInner + k, kInner);
+    wmma::mma_sync(sum, left, right, sum);
+  }
+  for (int i = 0; i < sum.num_elements; ++i) sum.x[i] *= 2;
+  wmma::store_matrix_sync(c + blockIdx.x * 16 * kRows + column, sum, kRows, wmma::mem_row_major);
+}
+
+int run_tiles() {
+  std::vector<__nv_bfloat16> a, b;
+  for (int v : numbers(kRows * kInner)) a.push_back(__float2bfloat16(static_cast<float>(v % 8)));
+  for (int v : numbers(2 * kRows * kInner)) b.push_back(__float2bfloat16(static_cast<float>(v % 8)));
+  Device<__nv_bfloat16> da(a), db(b);
+  Device<float> dc(kRows * kRows);
+  tiles<<<kRows / 16, 2 * kRows>>>(da.data, db.data, dc.data);
+  const auto c = dc.host();
+  for (int i = 0; i < kRows; ++i)
+    for (int j = 0; j < kRows; ++j) {
+      float sum = 1;
+      for (int k = 0; k < kInner; ++k) sum += __bfloat162float(a[i * kInner + k]) * __bfloat162float(b[j * kInner + k]);
+      if (c[i * kRows + j] != 2 * sum) return 1;
+    }
+  return 0;
+}
+
+// ---- the device's heap: lists that one kernel makes, another sums and frees
+struct Node {
+  int value;
+  Node* next;
+};
+
+__global__ void make_lists(Node** heads, int length) {
+  Node* head = nullptr;
+  for (int i = 0; i < length; ++i) head = new Node{static_cast<int>(threadIdx.x) * i, head};
+  heads[threadIdx.x] = head;
+}
+
+__global__ void sum_lists(Node** heads, int* sums) {
+  int sum = 0;
+  for (Node* n = heads[threadIdx.x]; n != nullptr;) {
+    sum += n->value;
+    Node* next = n->next;
+    delete n;
+    n = next;
+  }
+  sums[threadIdx.x] = sum + (malloc(size_t{1} << 40) == nullptr ? 0 : 1);
+}
+
+__global__ void use_freed(Node** heads) {
+  heads[threadIdx.x]->value = 1;  // <- freed
+}
+
+int run_heap() {
+  Device<Node*> heads(40);
+  Device<int> sums(40);
+  for (int i = 0; i < 3; ++i) {
+    make_lists<<<1, 40>>>(heads.data, 7);
+    sum_lists<<<1, 40>>>(heads.data, sums.data);
+    const auto got = sums.host();
+    for (int t = 0; t < 40; ++t)
+      if (got[t] != 21 * t) return 1;
+  }
+  return cudaDeviceSynchronize() != cudaSuccess;
+}
+int run_freed() {
+  Device<Node*> heads(32);
+  Device<int> sums(32);
+  make_lists<<<1, 32>>>(heads.data, 1);
+  sum_lists<<<1, 32>>>(heads.data, sums.data);
+  use_freed<<<1, 32>>>(heads.data);
+  return cudaDeviceSynchronize() != cudaErrorLaunchFailure;
+}
+
+// ---- clocks
+__global__ void wait(long long* waited, int steps) {
+  const long long begin = clock64();
+  while (clock64() - begin < steps) {
+  }
+  waited[threadIdx.x] = clock64() - begin;
+}
+
+int run_clocks() {
+  Device<long long> waited(64);
+  wait<<<1, 64>>>(waited.data, 1000);
+  for (long long n : waited.host())
+    if (n < 1000 || n > 100000) return 1;
   return cudaDeviceSynchronize() != cudaSuccess;
 }
 
@@ -358,6 +466,10 @@ const Case kCases[] = {{"block_primitives", run_block_primitives},
                        {"refusals", run_refusals},
                        {"doubles", run_doubles},
                        {"printf", run_printf},
+                       {"tiles", run_tiles},
+                       {"heap", run_heap},
+                       {"clocks", run_clocks},
+                       {"freed", run_freed},
                        {"beyond", run_beyond},
                        {"unread", run_unread}};
 

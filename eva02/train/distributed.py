@@ -1,0 +1,161 @@
+"""Several processes: who they are, DDP and FSDP2 around a model, sums over ranks.
+
+Started by torchrun, which sets RANK, WORLD_SIZE and LOCAL_RANK; without it there is one process and nothing is
+communicated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+State = dict[str, Any]
+_CPU = torch.device("cpu")
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """This process among the run's."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = _CPU
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def sum_(self, x: Tensor) -> Tensor:
+        """Sum over processes, in place, on the device."""
+        if self.size > 1:
+            dist.all_reduce(x)
+        return x
+
+    def equalise(self, model: nn.Module) -> None:
+        """Give the model the first process's parameters and buffers."""
+        if self.size > 1:
+            for value in model.state_dict().values():
+                dist.broadcast(value, 0)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Everyone's value, on everyone."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def share(self, value: Any) -> Any:
+        """The first process's value, on everyone."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values)
+        return values[0]
+
+
+def choose_device(name: str) -> torch.device:
+    """ "auto" is this process's GPU where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"run.device is {name!r}, but PyTorch sees no GPU here")
+        if device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return device
+
+
+@contextlib.contextmanager
+def started(device: str) -> Iterator[World]:
+    """The processes that torchrun started, joined: NCCL on GPUs, gloo on CPUs."""
+    chosen = choose_device(device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if size == 1:
+        yield World(device=chosen)
+        return
+    if dist.is_initialized():
+        yield World(dist.get_rank(), dist.get_world_size(), chosen)
+        return
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield World(dist.get_rank(), size, chosen)
+    finally:
+        dist.destroy_process_group()
+
+
+class Parallel:
+    """A model's trained form: itself, replicated (DDP) or in shards (FSDP2).
+
+    Args:
+        model: on its device; its weights are the same everywhere (`World.equalise`).
+        how: "ddp" or "fsdp"; one process needs neither.
+        blocks: parts that FSDP gathers one at a time.
+    """
+
+    def __init__(self, model: nn.Module, world: World, how: str) -> None:
+        self.model, self.world = model, world
+        self.sharded = world.size > 1 and how == "fsdp"
+        self.forward: nn.Module = model
+        if self.sharded:
+            shard(model)
+        elif world.size > 1:
+            ids = [world.device] if world.device.type == "cuda" else None
+            self.forward = nn.parallel.DistributedDataParallel(model, device_ids=ids)
+
+    @contextlib.contextmanager
+    def gradients(self, last: bool) -> Iterator[None]:
+        """Around forward and backward of a part of a batch: ranks exchange gradients with the last part only."""
+        if self.sharded:
+            self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
+        elif isinstance(self.forward, nn.parallel.DistributedDataParallel) and not last:
+            with self.forward.no_sync():
+                yield
+            return
+        yield
+
+    def full_state(self, model: nn.Module) -> State:
+        """All of a model's weights on the first process's CPU; others get nothing of a sharded one."""
+        if not self.sharded:
+            return {key: value.detach().cpu() for key, value in model.state_dict().items()}
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def shard(model: nn.Module) -> None:
+    """FSDP2 over all processes, one unit for each block and one for the rest."""
+    from torch.distributed.fsdp import fully_shard
+
+    for block in getattr(model, "blocks", ()):
+        fully_shard(block)
+    fully_shard(model)
+
+
+def save_sharded(path: Path, state: State) -> None:
+    """Each process writes its shards of a state of models and optimisers' states."""
+    import torch.distributed.checkpoint as dcp
+
+    dcp.save(state, checkpoint_id=path)
+
+
+def load_sharded(path: Path, state: State) -> None:
+    """Read into the tensors of `state`, in place."""
+    import torch.distributed.checkpoint as dcp
+
+    dcp.load(state, checkpoint_id=path)

@@ -1,0 +1,67 @@
+"""Optimisers, their parameter groups and schedules, from timm and PyTorch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from eva02.recipes import Optimizer as OptimizerRecipe
+from eva02.recipes import Schedule
+
+ParameterGroups = list[dict[str, Any]]
+
+
+def parameter_groups(model: nn.Module, recipe: OptimizerRecipe) -> ParameterGroups:
+    """Groups by weight decay and, with layer decay, by layer (`lr_scale`).
+
+    Parameters of one dimension, biases and what `model.no_weight_decay()` names are not decayed. With layer decay d
+    over L blocks the embeddings have the scale d^(L+1), block i has d^(L-i), final norm and head have 1.
+    """
+    from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+
+    options: dict[str, Any] = {"no_weight_decay_list": model.no_weight_decay()}  # type: ignore[operator]
+    if recipe.layer_decay is None:
+        return param_groups_weight_decay(model, recipe.weight_decay, **options)
+    return param_groups_layer_decay(model, recipe.weight_decay, layer_decay=recipe.layer_decay, **options)
+
+
+def make_optimizer(groups: ParameterGroups, recipe: OptimizerRecipe) -> torch.optim.Optimizer:
+    """AdamW (PyTorch's, fused) or LAMB (timm's, without its own clipping) over the groups."""
+    options: dict[str, Any] = {"lr": recipe.lr, "betas": recipe.betas, "eps": recipe.eps}
+    if recipe.name == "adamw":
+        return torch.optim.AdamW(groups, **options, weight_decay=0.0, fused=True)
+    from timm.optim import Lamb
+
+    return Lamb(groups, **options, weight_decay=0.0, max_grad_norm=None)
+
+
+def steps_of(schedule: Schedule, steps_per_epoch: int) -> tuple[int, int]:
+    """Optimiser steps of the run, and how many of them warm up."""
+    total = round(schedule.epochs * steps_per_epoch) if schedule.steps is None else schedule.steps
+    warmup = schedule.warmup_steps
+    if warmup is None:
+        warmup = round(schedule.warmup_epochs * steps_per_epoch)
+    if total < 1:
+        raise ValueError(f"the schedule has no step: {schedule.epochs} epochs of {steps_per_epoch} steps")
+    return total, min(warmup, total - 1)
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, schedule: Schedule, steps_per_epoch: int) -> Any:
+    """timm's cosine: `step_update(i)` sets the rates of step i, a function of i alone (nothing to save or restore).
+
+    Linear from 0 at step 0 to the peak at step `warmup`, then half a cosine that reaches min_lr after the last step.
+    """
+    from timm.scheduler import CosineLRScheduler
+
+    total, warmup = steps_of(schedule, steps_per_epoch)
+    return CosineLRScheduler(
+        optimizer,
+        t_initial=total - warmup,
+        lr_min=schedule.min_lr,
+        warmup_t=warmup,
+        warmup_lr_init=0.0,
+        warmup_prefix=True,
+        t_in_epochs=False,
+    )

@@ -1,0 +1,68 @@
+"""Runs that are killed at any moment, steps and checkpoint writes alike, go on as if nothing had been."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+
+import pytest
+import train_runs
+
+from eva02.train.progress import read_log
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Processes forked from one that has imported everything and computed nothing: they start at once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["train_runs", "timm", "timm.optim", "timm.scheduler", "timm.data", "sklearn.datasets"]
+    )
+    return context
+
+
+def start(context, task, changes):
+    process = context.Process(target=train_runs.run_process, args=(task, changes))
+    process.start()
+    return process
+
+
+def curve(folder) -> dict[int, float]:
+    return {line["step"]: line["loss"] for line in read_log(folder / "log.jsonl") if "lr" in line}
+
+
+def wait_and_kill(process, log, rng, moment):
+    """A third of the kills come while the process starts or resumes, the others within a few steps of its work."""
+    if moment % 3 == 0:
+        time.sleep(rng.uniform(0.0, 1.0))
+    else:
+        size = log.stat().st_size if log.exists() else 0
+        while process.is_alive() and (log.stat().st_size if log.exists() else 0) <= size + 600:
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0.0, 0.15))
+    assert process.is_alive(), "the run is too short for so many kills"
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+
+
+@pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.full)])
+def test_killed_runs_go_on(kills, processes, tmp_path):
+    """A checkpoint at every step, so that many kills meet one that is being written."""
+    rng = random.Random(kills)
+    changes = {"schedule__steps": 16 * kills, "run__checkpoint_every": 1, "run__ema_decay": 0.9}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for moment in range(kills):
+        process = start(processes, "pretrain", {**changes, "run__output": str(broken)})
+        wait_and_kill(process, broken / "log.jsonl", rng, moment)
+    for folder in (whole, broken):
+        process = start(processes, "pretrain", {**changes, "run__output": str(folder)})
+        process.join(timeout=400)
+        assert process.exitcode == 0
+    assert sorted(curve(whole)) == list(range(1, 16 * kills + 1))
+    assert curve(broken) == curve(whole)
+    for name in ("model.safetensors", "model_ema.safetensors"):
+        assert (broken / name).read_bytes() == (whole / name).read_bytes()
+    assert not [path.name for path in (broken / "checkpoints").iterdir() if path.name.startswith(".")]
