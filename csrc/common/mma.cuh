@@ -28,6 +28,11 @@ __device__ inline void copy_async_16(void* shared, const void* global, bool ther
                "r"(there ? 16 : 0)
                : "memory");
 }
+// The first `bytes` of 16, zeros behind them.
+__device__ inline void copy_async_part(void* shared, const void* global, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
+               : "memory");
+}
 // 4 bytes, aligned to 4.
 __device__ inline void copy_async_4(void* shared, const void* global, bool there = true) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(shared_address(shared)), "l"(global),
