@@ -20,15 +20,16 @@ constexpr int kGroupRows = 8;   // tile rows whose CTAs run one after the other 
 constexpr int kColumns = 8;     // consecutive columns that a thread's epilogue takes
 
 // A warp's part of a CTA's tile is kWarpM x 64; warps are kWarpsM x (4 / kWarpsM).
-template <int kWarpM_, int kWarpsM_>
+template <int kWarpM_, int kWarpsM_, int kCtas_>
 struct Tile {
+  static constexpr int kCtas = kCtas_;  // resident on a multiprocessor, which leaves that many registers
   static constexpr int kWarpM = kWarpM_, kWarpsM = kWarpsM_, kWarpN = 64;
   static constexpr int kM = kWarpM * kWarpsM, kN = kWarpN * (kWarps / kWarpsM);
   static constexpr int kStageBytes = (kM + kN) * kStepBytes;
   static constexpr int kBytes = kStages * kStageBytes;
 };
-using LargeTile = Tile<64, 2>;  // 128 x 128
-using SmallTile = Tile<16, 4>;  // 64 x 64
+using LargeTile = Tile<64, 2, 2>;  // 128 x 128
+using SmallTile = Tile<16, 4, 4>;  // 64 x 64
 
 // ---- 8 columns of a row
 // ------------------------------------------------------------------------------------------------
@@ -175,6 +176,16 @@ struct OperandTile {
   }
 };
 
+// d += A B. The six products of float32 are added up on their own: d, the larger, is rounded once.
+template <class T, bool kTf32>
+__device__ void add_product(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  if constexpr (sizeof(T) == 2 || kTf32) return mma<T, kTf32>(d, a, b);
+  float part[4] = {};
+  mma<T, kTf32>(part, a, b);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) d[i] += part[i];
+}
+
 // ---- kernels
 // -----------------------------------------------------------------------------------------------------------
 // An Epilogue is made of its parameters and of a thread's first column, and called with a row and 8 columns of the
@@ -185,7 +196,7 @@ struct OuterIndex {
 };
 
 template <class T, bool kTf32, bool kAK, bool kBK, class Tile, class Epilogue>
-__global__ void __launch_bounds__(kProductThreads)
+__global__ void __launch_bounds__(kProductThreads, kTf32 ? Tile::kCtas : 3)
     product_kernel(const __grid_constant__ typename Epilogue::Params params, float* sums) {
   constexpr bool kDual = Epilogue::kDual;
   constexpr int kTileN = kDual ? Tile::kN / 2 : Tile::kN;  // columns of each product
@@ -244,7 +255,7 @@ __global__ void __launch_bounds__(kProductThreads)
         for (int half = 0; half < 2; ++half) {
           const uint32_t column[2] = {b[2 * half], b[2 * half + 1]};
 #pragma unroll
-          for (int m = 0; m < kMTiles; ++m) mma<T, kTf32>(acc[m][n + half], a[m], column);
+          for (int m = 0; m < kMTiles; ++m) add_product<T, kTf32>(acc[m][n + half], a[m], column);
         }
       }
     }

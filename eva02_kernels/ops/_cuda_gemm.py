@@ -11,7 +11,7 @@ from torch import Tensor
 from eva02_kernels import _launch, _triton
 from eva02_kernels._native import CUDA as lib
 from eva02_kernels.ops._common import contiguous, present
-from eva02_kernels.ops._products import gate_and_up, padded_columns
+from eva02_kernels.ops._products import by_torch, by_torch_float32, gate_and_up, padded_columns
 from eva02_kernels.ops.apply_rope import native as apply_rope
 
 
@@ -37,14 +37,12 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, add: Tensor | None = None) -> Te
     if fused(a):
         vector = add is not None and add.dim() == 1
         return _project(a, b, None, out, bias=add if vector else None, residual=None if vector else add)
-    if add is None:
-        return torch.mm(a, b, out=out)
-    return torch.addmm(add.to(a.dtype), a, b, out=out)
+    return by_torch(a, b, out, add)
 
 
 def multiply_float32(a: Tensor, b: Tensor) -> Tensor:
-    if a.dtype != torch.float32 and not fused(a):
-        return torch.mm(a, b, out_dtype=torch.float32)
+    if not fused(a):
+        return by_torch_float32(a, b)
     return multiply(a, b, torch.empty(a.shape[0], b.shape[1], dtype=torch.float32, device=a.device))
 
 

@@ -173,6 +173,22 @@ def _stack_hidden(w_gate: Tensor, w_up: Tensor | None, halves: int) -> Tensor:
     return stacked(parts, w_gate, padded(parts[0].shape[0]))
 
 
+# ---- products by torch ---------------------------------------------------------------------------------------------
+def by_torch(a: Tensor, b: Tensor, out: Tensor, add: Tensor | None = None) -> Tensor:
+    """out = a b [+ a bias (N,) or a matrix]: cuBLAS, rounded once."""
+    if add is None:
+        return torch.mm(a, b, out=out)
+    return torch.addmm(add.to(a.dtype), a, b, out=out)
+
+
+def by_torch_float32(a: Tensor, b: Tensor) -> Tensor:
+    """a b in float32, of 16-bit operands too."""
+    if a.is_cuda and a.dtype != torch.float32 and torch.version.hip is None:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    out = torch.empty(a.shape[0], b.shape[1], dtype=torch.float32, device=a.device)
+    return torch.mm(a.float(), b.float(), out=out)
+
+
 # ---- forward ---------------------------------------------------------------------------------------------------------
 def project(
     on: Kernels, a: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, layer_scale: Tensor | None = None,

@@ -24,14 +24,20 @@ from torch import Tensor
 from eva02_kernels import _launch, _triton
 from eva02_kernels._launch import GROUP_ROWS, Choice, row_pieces
 from eva02_kernels.ops._common import padded
-from eva02_kernels.ops._products import gate_and_up, padded_columns
+from eva02_kernels.ops._products import by_torch, by_torch_float32, gate_and_up, padded_columns
 from eva02_kernels.ops._triton_lib import (
     column_sums,
     dot,
     gelu_and_slope,
     row_offsets,
+    scale_and_sum,
     silu_and_slope,
 )
+from eva02_kernels.ops.add_layer_norm.triton_kernels import norm_backward, normalise
+from eva02_kernels.ops.apply_rope.triton_kernels import rotate, table_gradients
+from eva02_kernels.ops.subln_swiglu import triton_kernels as subln_swiglu
+
+__all__ = ["norm_backward", "normalise", "rotate", "scale_and_sum", "table_gradients"]  # of _products.Kernels
 
 
 # ---- device functions ------------------------------------------------------------------------------------------------
@@ -358,19 +364,8 @@ def _per_sample(rows: int, row_scale: Tensor | None) -> int:
 
 
 # ---- what _products.Kernels asks for ---------------------------------------------------------------------------------
-def multiply(a: Tensor, b: Tensor, out: Tensor, add: Tensor | None = None) -> Tensor:
-    """out = a b [+ a bias (N,) or a matrix]: cuBLAS, rounded once."""
-    if add is None:
-        return torch.mm(a, b, out=out)
-    return torch.addmm(add.to(a.dtype), a, b, out=out)
-
-
-def multiply_float32(a: Tensor, b: Tensor) -> Tensor:
-    """a b in float32, of 16-bit operands too."""
-    if a.is_cuda and a.dtype != torch.float32 and torch.version.hip is None:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    out = torch.empty(a.shape[0], b.shape[1], dtype=torch.float32, device=a.device)
-    return torch.mm(a.float(), b.float(), out=out)
+multiply, multiply_float32 = by_torch, by_torch_float32
+subln_forward, subln_backward = subln_swiglu.forward, subln_swiglu.backward
 
 
 def project(
