@@ -102,77 +102,128 @@ __device__ inline void exchange_columns(float (&v)[4][2]) {
 // -----------------------------------------------------------------------------------------
 constexpr int kPiece = 16;  // bytes
 
+// Outer indices of an operand from `first` on; zeros from `limit` on. With a second operand of the same stride, of 64
+// indices the first 32 are of the one, the others of the other.
+struct OuterRange {
+  const void *data, *data2;
+  int64_t stride;
+  int first, limit;
+};
+
 // kOuter indices by a step of k.
-template <class T, bool kKContiguous, int kOuter>
+template <class T, bool kKContiguous, int kOuter, bool kTwo = false>
 struct OperandTile {
   static constexpr int kElements = kPiece / sizeof(T);  // in a piece
   static constexpr int kStep = kStepBytes / sizeof(T);
   static constexpr int kRowPieces = kKContiguous ? kStepBytes / kPiece : kOuter / kElements;
-  static constexpr int kPieces = kOuter * kStepBytes / kPiece;
+  static constexpr int kRowBytes = kRowPieces * kPiece;
+  static constexpr int kCopies = kOuter * kStepBytes / kPiece / kProductThreads;  // of a thread
+  static constexpr int kCopyRows = kProductThreads / kRowPieces;                  // from a copy to the next
+  static_assert(!kTwo || (kKContiguous && kCopyRows == 32));
 
-  // Place of a piece in its row: without it lanes of one access would share banks.
+  // Place of a piece in its row: without it lanes of one access would share banks. Rows of a thread's copies agree.
   static __device__ int swizzled(int row, int piece) {
     if constexpr (kKContiguous) return piece ^ (row / 2 % 4);
     if constexpr (sizeof(T) == 2) return piece ^ (row % 8);
     return piece ^ (row % 4 * 2);
   }
-  static __device__ char* at(char* tile, int row, int piece) {
-    return tile + (row * kRowPieces + swizzled(row, piece)) * kPiece;
+  static __device__ uint32_t offset(int row, int piece) { return row * kRowBytes + swizzled(row, piece) * kPiece; }
+
+  // ---- this thread's copies from memory; steps are called for in order
+  const char* from;
+  int64_t copy_bytes, step_bytes, other_bytes;  // from a copy, a step, the first operand to the next
+  uint32_t to;
+  int left;   // of what the steps run along: elements of k from this thread's piece on, or k rows from its row on
+  int there;  // bytes of a piece that exist across it, of the copy j in bits 5j to 5j + 4
+  bool aligned;
+
+  __device__ OperandTile(const OuterRange& range, int K) {
+    const int row = static_cast<int>(threadIdx.x) / kRowPieces, piece = static_cast<int>(threadIdx.x) % kRowPieces;
+    const int i = range.first + (kKContiguous ? row : piece * kElements), k = kKContiguous ? piece * kElements : row;
+    const int64_t stride = range.stride * static_cast<int64_t>(sizeof(T));
+    from = static_cast<const char*>(range.data) +
+           (kKContiguous ? i * stride + k * static_cast<int>(sizeof(T)) : k * stride + i * static_cast<int>(sizeof(T)));
+    copy_bytes = kCopyRows * stride;
+    step_bytes = kKContiguous ? kStepBytes : kStep * stride;
+    other_bytes = static_cast<const char*>(range.data2) - static_cast<const char*>(range.data);
+    to = offset(row, piece);
+    left = K - k;
+    there = 0;
+#pragma unroll
+    for (int j = 0; j < kCopies; ++j) {
+      const int count = range.limit - (kKContiguous ? i + (kTwo ? j / 2 : j) * kCopyRows : i);
+      const int bytes =
+          kKContiguous ? (count > 0 ? kPiece : 0) : max(0, min(count, kElements)) * static_cast<int>(sizeof(T));
+      there |= (bytes == kPiece ? 16 : bytes) << (5 * j);
+    }
+    aligned =
+        (reinterpret_cast<uintptr_t>(range.data) | (kTwo ? reinterpret_cast<uintptr_t>(range.data2) : 0)) % 16 == 0 &&
+        stride % 16 == 0;
   }
 
-  // Fill a stage from k = first on; outer index i of the tile is outer(i) of the operand `of(i)`, zero from `limit` on.
-  template <class Outer>
-  static __device__ void load(char* tile, const Outer& outer, int64_t stride, int first, int K, bool aligned) {
+  // Fill the tile at shared address `tile`.
+  __device__ void load(char* tile) {
+    const uint32_t place = shared_address(tile) + to;
 #pragma unroll
-    for (int j = 0; j < kPieces / kProductThreads; ++j) {
-      const int place = j * kProductThreads + static_cast<int>(threadIdx.x);
-      const int row = place / kRowPieces, piece = place % kRowPieces;
-      const int i = kKContiguous ? row : piece * kElements, k = first + (kKContiguous ? piece * kElements : row);
-      const auto [data, index, limit] = outer(i);
-      // Elements of the piece that exist, which are contiguous.
-      int n = kKContiguous ? (index < limit ? K - k : 0) : (k < K ? limit - index : 0);
-      n = max(0, min(n, kElements));
-      const T* from = static_cast<const T*>(data) + (n == 0         ? 0
-                                                     : kKContiguous ? index * stride + k
-                                                                    : static_cast<int64_t>(k) * stride + index);
-      char* to = at(tile, row, piece);
-      if (aligned) {
-        copy_async_part(to, from, n * static_cast<int>(sizeof(T)));
+    for (int j = 0; j < kCopies; ++j) {
+      const char* source = from + (kTwo ? j / 2 : j) * copy_bytes + (kTwo && j % 2 ? other_bytes : 0);
+      int bytes = there >> (5 * j) & 31;
+      if constexpr (kKContiguous) {
+        bytes = min(bytes, max(0, min(left, kElements)) * static_cast<int>(sizeof(T)));
       } else {
-        Pack<T, kElements> pack;
+        bytes = j * kCopyRows < left ? bytes : 0;
+      }
+      if (aligned)
+        copy_async_part(place + j * kCopyRows * kRowBytes, source, bytes);
+      else
+        copy(tile + to + j * kCopyRows * kRowBytes, source, bytes);
+    }
+    from += step_bytes;
+    left -= kStep;
+  }
+  static __device__ void copy(char* to, const char* from, int bytes) {
+    Pack<T, kElements> pack;
 #pragma unroll
-        for (int e = 0; e < kElements; ++e) pack.item[e] = e < n ? from[e] : from_float<T>(0.f);
-        *reinterpret_cast<Pack<T, kElements>*>(to) = pack;
+    for (int e = 0; e < kElements; ++e)
+      pack.item[e] = e * static_cast<int>(sizeof(T)) < bytes ? reinterpret_cast<const T*>(from)[e] : from_float<T>(0.f);
+    *reinterpret_cast<Pack<T, kElements>*>(to) = pack;
+  }
+
+  // ---- fragments
+  // Where this lane reads of what begins at outer index `first`, in bytes; an index i and a mma step beyond it are
+  // at_fragment's to add. A: the four matrices are two of i by two of k; B: two of k by two of i.
+  static __device__ uint32_t fragment_a(int first) {
+    const int lane = threadIdx.x % 32, matrix = lane / 8, line = lane % 8;
+    if constexpr (kKContiguous) return offset(first + matrix % 2 * 8 + line, matrix / 2);
+    if constexpr (sizeof(T) == 2) return offset(matrix / 2 * 8 + line, first / 8 + matrix % 2);
+    return fragment_of_elements(first);
+  }
+  static __device__ uint32_t fragment_b(int first) {
+    const int lane = threadIdx.x % 32, matrix = lane / 8, line = lane % 8;
+    if constexpr (kKContiguous) return offset(first + matrix / 2 * 8 + line, matrix % 2);
+    if constexpr (sizeof(T) == 2) return offset(matrix % 2 * 8 + line, first / 8 + matrix / 2);
+    return fragment_of_elements(first);
+  }
+  static __device__ uint32_t fragment_of_elements(int first) {
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    return offset(t, (first + g) / kElements) + g % kElements * sizeof(T);
+  }
+  // Registers from outer index i (a multiple of 16, within 64) and mma step `step` beyond `fragment`; the swizzle makes
+  // a sum an exclusive or. kA: pairs of matrices in the order of A's fragment.
+  template <bool kA>
+  static __device__ void load_fragment(uint32_t (&r)[4], char* tile, uint32_t fragment, int i, int step) {
+    const uint32_t address = shared_address(tile);
+    if constexpr (kKContiguous) {
+      load_matrices(r, address + (fragment ^ step * 32) + i * kRowBytes);
+    } else if constexpr (sizeof(T) == 2) {
+      load_matrices_transposed(r, address + (fragment ^ i * 2) + step * 16 * kRowBytes);
+    } else {
+#pragma unroll
+      for (int q = 0; q < 4; ++q) {
+        const int outer = (kA ? q % 2 : q / 2) * 8, k = step * 8 + (kA ? q / 2 : q % 2) * 4;
+        r[q] = *reinterpret_cast<const uint32_t*>(tile + (fragment ^ (i + outer) * 4) + k * kRowBytes);
       }
     }
-  }
-
-  // Registers of the 16 x kMmaK tile of A from outer index i and mma step `step` on.
-  static __device__ void load_a(char* tile, int i, int step, uint32_t (&r)[4]) {
-    const int lane = threadIdx.x % 32, matrix = lane / 8, line = lane % 8;
-    if constexpr (kKContiguous) {
-      load_matrices(r, at(tile, i + matrix % 2 * 8 + line, step * 2 + matrix / 2));
-    } else if constexpr (sizeof(T) == 2) {
-      load_matrices_transposed(r, at(tile, step * 16 + matrix / 2 * 8 + line, i / 8 + matrix % 2));
-    } else {
-#pragma unroll
-      for (int q = 0; q < 4; ++q) r[q] = element(tile, step * 8 + q / 2 * 4 + lane % 4, i + q % 2 * 8 + lane / 4);
-    }
-  }
-  // Registers of two kMmaK x 8 tiles of B.
-  static __device__ void load_b(char* tile, int i, int step, uint32_t (&r)[4]) {
-    const int lane = threadIdx.x % 32, matrix = lane / 8, line = lane % 8;
-    if constexpr (kKContiguous) {
-      load_matrices(r, at(tile, i + matrix / 2 * 8 + line, step * 2 + matrix % 2));
-    } else if constexpr (sizeof(T) == 2) {
-      load_matrices_transposed(r, at(tile, step * 16 + matrix % 2 * 8 + line, i / 8 + matrix / 2));
-    } else {
-#pragma unroll
-      for (int q = 0; q < 4; ++q) r[q] = element(tile, step * 8 + q % 2 * 4 + lane % 4, i + q / 2 * 8 + lane / 4);
-    }
-  }
-  static __device__ uint32_t element(char* tile, int k, int i) {
-    return reinterpret_cast<const uint32_t*>(at(tile, k, i / kElements))[i % kElements];
   }
 };
 
@@ -190,11 +241,6 @@ __device__ void add_product(float (&d)[4], const uint32_t (&a)[4], const uint32_
 // -----------------------------------------------------------------------------------------------------------
 // An Epilogue is made of its parameters and of a thread's first column, and called with a row and 8 columns of the
 // product; kDual: of both products. Column sums of what a call leaves in its arguments go to partial sums, if kSums.
-struct OuterIndex {
-  const void* data;
-  int index, limit;
-};
-
 template <class T, bool kTf32, bool kAK, bool kBK, class Tile, class Epilogue>
 __global__ void __launch_bounds__(kProductThreads, kTf32 ? Tile::kCtas : 3)
     product_kernel(const __grid_constant__ typename Epilogue::Params params, float* sums) {
@@ -202,7 +248,7 @@ __global__ void __launch_bounds__(kProductThreads, kTf32 ? Tile::kCtas : 3)
   constexpr int kTileN = kDual ? Tile::kN / 2 : Tile::kN;  // columns of each product
   constexpr int kMTiles = Tile::kWarpM / 16, kNTiles = Tile::kWarpN / 8;
   using A = OperandTile<T, kAK, Tile::kM>;
-  using B = OperandTile<T, kBK, Tile::kN>;
+  using B = OperandTile<T, kBK, Tile::kN, kDual>;
   extern __shared__ __align__(128) char shared[];
   const Product& p = params.product;
   const int rows = static_cast<int>(p.rows), N = static_cast<int>(p.N), K = static_cast<int>(p.K);
@@ -213,27 +259,21 @@ __global__ void __launch_bounds__(kProductThreads, kTf32 ? Tile::kCtas : 3)
   const int tile_m = group * kGroupRows + within % height;
   const int first_row = tile_m * Tile::kM, first_column = within / height * kTileN;
 
-  const bool a_aligned = reinterpret_cast<uintptr_t>(p.a.data) % 16 == 0 && p.a.stride * sizeof(T) % 16 == 0;
-  const bool b_aligned = (reinterpret_cast<uintptr_t>(p.b.data) | reinterpret_cast<uintptr_t>(p.b2.data)) % 16 == 0 &&
-                         p.b.stride * sizeof(T) % 16 == 0;
-  const auto outer_a = [&](int i) { return OuterIndex{p.a.data, first_row + i, rows}; };
-  // Two products: of a warp's 64 columns the first half are of one, the second half of the other.
-  const auto outer_b = [&](int i) {
-    if constexpr (!kDual) return OuterIndex{p.b.data, first_column + i, N};
-    return OuterIndex{i % 64 < 32 ? p.b.data : p.b2.data, first_column + i / 64 * 32 + i % 32, N};
-  };
+  A a_tile({p.a.data, nullptr, p.a.stride, first_row, rows}, K);
+  B b_tile({p.b.data, p.b2.data, p.b.stride, first_column, N}, K);
   const int steps = ceil_div(K, A::kStep);
   const auto load = [&](int step) {
     char* stage = shared + step % kStages * Tile::kStageBytes;
     if (step < steps) {
-      A::load(stage, outer_a, p.a.stride, step * A::kStep, K, a_aligned);
-      B::load(stage + Tile::kM * kStepBytes, outer_b, p.b.stride, step * A::kStep, K, b_aligned);
+      a_tile.load(stage);
+      b_tile.load(stage + Tile::kM * kStepBytes);
     }
     copy_async_commit();
   };
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int warp_m = warp % Tile::kWarpsM * Tile::kWarpM, warp_n = warp / Tile::kWarpsM * Tile::kWarpN;
+  const uint32_t a_fragment = A::fragment_a(warp_m), b_fragment = B::fragment_b(warp_n);
   float acc[kMTiles][kNTiles][4] = {};
 #pragma unroll
   for (int step = 0; step < kStages - 1; ++step) load(step);
@@ -241,16 +281,16 @@ __global__ void __launch_bounds__(kProductThreads, kTf32 ? Tile::kCtas : 3)
     copy_async_wait<kStages - 2>();
     __syncthreads();
     load(step + kStages - 1);
-    char *a_tile = shared + step % kStages * Tile::kStageBytes, *b_tile = a_tile + Tile::kM * kStepBytes;
+    char* stage = shared + step % kStages * Tile::kStageBytes;
 #pragma unroll
     for (int k = 0; k < kStepBytes / 32; ++k) {
       uint32_t a[kMTiles][4];
 #pragma unroll
-      for (int m = 0; m < kMTiles; ++m) A::load_a(a_tile, warp_m + m * 16, k, a[m]);
+      for (int m = 0; m < kMTiles; ++m) A::template load_fragment<true>(a[m], stage, a_fragment, m * 16, k);
 #pragma unroll
       for (int n = 0; n < kNTiles; n += 2) {
         uint32_t b[4];
-        B::load_b(b_tile, warp_n + n * 8, k, b);
+        B::template load_fragment<false>(b, stage + Tile::kM * kStepBytes, b_fragment, n * 8, k);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const uint32_t column[2] = {b[2 * half], b[2 * half + 1]};

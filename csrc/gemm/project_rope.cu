@@ -36,8 +36,11 @@ struct ProjectRope {
       if (!rope_angles(p.rope, sample, token, head < p.heads ? head : head - p.heads, angles)) continue;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int pair = c % head_dim / 2 + i, run = pair < quarter ? 0 : 1, at = pair - run * quarter;
-        const float cos = angles.cos[run][at], sin = angles.sin[run][at];
+        const int pair = c % head_dim / 2 + i;
+        const bool second = pair >= quarter;
+        const int at = second ? pair - quarter : pair;
+        const float cos = (second ? angles.cos[1] : angles.cos[0])[at];
+        const float sin = (second ? angles.sin[1] : angles.sin[0])[at];
         const float a = y[two + 2 * i], b = y[two + 2 * i + 1];
         y[two + 2 * i] = a * cos - b * sin;
         y[two + 2 * i + 1] = b * cos + a * sin;
