@@ -187,6 +187,21 @@ def gemm_route(arch: int, dtype: torch.dtype) -> str:
     return f"{'Triton, fused epilogues' if fused else 'torch.mm and Triton kernels around it'} ({reason})"
 
 
+def fused_cuda_gemm(arch: int) -> tuple[bool, str]:
+    """The same for the CUDA backend: whether products are those of ``csrc/gemm``, and why."""
+    if force_fused is not None:
+        return force_fused, "_launch.force_fused is set"
+    if arch >= 90:
+        return False, "cuBLAS is pipelined for this architecture, mma.sync is not its fastest instruction"
+    return True, "tensor cores with asynchronous copies"
+
+
+def cuda_gemm_route(arch: int) -> str:
+    """:func:`gemm_route` for the CUDA backend."""
+    fused, reason = fused_cuda_gemm(arch)
+    return f"{'csrc/gemm, fused epilogues' if fused else 'torch.mm and CUDA kernels around it'} ({reason})"
+
+
 def _tiles(m: int, n: int, k: int, num_warps: int, num_stages: int) -> Choice:
     return choice(BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, num_warps=num_warps, num_stages=num_stages)
 

@@ -7,13 +7,14 @@ import importlib
 import importlib.metadata
 import json
 import platform
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 import eva02_kernels
 from eva02_kernels import _native, _triton
-from eva02_kernels._launch import gemm_route
+from eva02_kernels._launch import cuda_gemm_route, gemm_route
 from eva02_kernels._registry import BACKENDS, OP_NAMES, OpSpec, get_spec
 
 
@@ -47,22 +48,32 @@ def backend_state(spec: OpSpec, name: str) -> str:
     if name == "triton":
         return triton_state(spec.name)
     if name == "cuda":
-        return cuda_state()
+        return cuda_state(spec.name)
     sample = next(s for s in spec.samples() if s.smoke)
     args, kwargs = sample.make(torch.float32, torch.Generator().manual_seed(0))
     reasons = backend.unsupported("fwd", spec.canonical(*args, **kwargs))
     return "; ".join(reasons) if reasons else f"runs, forward and backward ({_native.cpu_isa()})"
 
 
-def cuda_state() -> str:
-    """In words: whether the compiled CUDA kernels run here."""
+PRODUCTS = ("qkv_rope", "linear", "swiglu_mlp", "gelu_mlp")  # operators that are matrix products
+
+
+def cuda_state(op: str | None = None) -> str:
+    """In words: whether the compiled CUDA kernels run here, and where the products of ``op`` are computed."""
     reason = _native.cuda_library()[1] or (None if torch.cuda.is_available() else "no GPU")
     if reason is None:
         reason = "; ".join(_native.capability_reasons(torch.cuda.current_device())) or None
-    return f"does not run here: {reason}" if reason else f"runs on {torch.cuda.get_device_name()}"
+    if reason:
+        return _with_routes(f"does not run here: {reason}", op, (80, 90), cuda_gemm_route)
+    device = torch.device("cuda", torch.cuda.current_device())
+    text = f"runs on {torch.cuda.get_device_name(device)}"
+    return _with_routes(text, op, (_triton.architecture(device),), cuda_gemm_route)
 
 
-PRODUCTS = ("qkv_rope", "linear", "swiglu_mlp", "gelu_mlp")  # operators that are matrix products
+def _with_routes(text: str, op: str | None, devices: tuple[int, ...], route: Callable[[int], str]) -> str:
+    """``text``, and a line on the products of ``op`` for each compute capability."""
+    routes = [f"products on {arch / 10}: {route(arch)}" for arch in devices] if op in PRODUCTS else []
+    return "\n          ".join([text, *routes])
 
 
 def triton_state(op: str | None = None) -> str:
@@ -74,10 +85,7 @@ def triton_state(op: str | None = None) -> str:
     else:
         device = torch.device("cuda", torch.cuda.current_device())
         text, devices = f"runs on {torch.cuda.get_device_name(device)}", (_triton.architecture(device),)
-    if op in PRODUCTS:
-        routes = [f"bfloat16 products on {arch / 10}: {gemm_route(arch, torch.bfloat16)}" for arch in devices]
-        text = "\n          ".join([text, *routes])
-    return text
+    return _with_routes(text, op, devices, lambda arch: f"{gemm_route(arch, torch.bfloat16)}, bfloat16")
 
 
 def print_overview() -> None:

@@ -64,6 +64,7 @@ SWIGLU, SUBLN, ADD, GATHER, GATHER_NORM, MASK, COSINE, CLIP, APPLY, QKV, ATTENTI
     "gather_layer_norm", "mask_tokens", "masked_cosine_loss", "clip_loss", "apply_rope", "qkv_rope", "rope_attention",
     "swiglu_mlp")
 )  # fmt: skip
+PRODUCT_STEPS, QKV_STEPS = "_products.py", "qkv_rope/gpu.py"
 NORMS = "add_layer_norm gather_layer_norm subln_swiglu"
 PRODUCTS = "linear swiglu_mlp gelu_mlp"
 INDEXED = "gather_tokens scatter_tokens gather_layer_norm"
@@ -225,7 +226,7 @@ MUTANTS = (
       PRODUCTS),
     M("bias_gradient_without_layer_scale", GEMM, "_layer_scale_gradient_kernel", "(column_sum * scale)", "column_sum",
       PRODUCTS),
-    M("input_gradient_without_residual", GEMM, "hidden_input_gradient", "out, add)", "out, None)",
+    M("input_gradient_without_residual", PRODUCT_STEPS, "hidden_input_gradient", "out, add)", "out, None)",
       "swiglu_mlp gelu_mlp"),
     M("mm_bias_dropped", GEMM, "_finish_kernel", "add_columns(y, bias_ptr, cols, N)", "y + 0.0", PRODUCTS, route="mm"),
     M("mm_hidden_without_up", GEMM, "_activate_rows_kernel", "silu * tl.load(up_ptr", "silu + 0.0 * tl.load(up_ptr",
@@ -427,8 +428,8 @@ MUTANTS = (
     M("qkv_keys_beyond_a_head_table", QKV, "_qkv_rope_kernel", "tl.where(head < H, head, head - H)", "head",
       "qkv_rope"),
     M("qkv_stores_without_mask", QKV, "_qkv_rope_kernel", "y, mask=keep)", "y)", "qkv_rope"),
-    M("qkv_backward_leaves_v", QKV, "bwd", "d[:, :, heads + kv_heads :] = ", "_ = ", "qkv_rope"),
-    M("qkv_table_gradient_of_rotated_q", QKV, "bwd", "rotate(qkv[:, :, at], rope, inverse=True)",
+    M("qkv_backward_leaves_v", QKV_STEPS, "bwd", "d[:, :, heads + kv_heads :] = ", "_ = ", "qkv_rope"),
+    M("qkv_table_gradient_of_rotated_q", QKV_STEPS, "bwd", "rotate(qkv[:, :, at], rope, inverse=True)",
       "rotate(qkv[:, :, at], rope, inverse=False)", "qkv_rope"),
     M("qkv_first_head_forgotten", QKV, "_qkv_rope_kernel", "FIRST_HEAD + pair // HALF", "pair // HALF", "qkv_rope",
       equivalent="a separate weight of k has at most H heads: rotated too, and at the same places of a table"),

@@ -28,6 +28,10 @@ __device__ inline void copy_async_16(void* shared, const void* global, bool ther
                "r"(there ? 16 : 0)
                : "memory");
 }
+// The first `bytes` of 16, zeros behind them.
+__device__ inline void copy_async_part(uint32_t shared, const void* global, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
+}
 // 4 bytes, aligned to 4.
 __device__ inline void copy_async_4(void* shared, const void* global, bool there = true) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(shared_address(shared)), "l"(global),
@@ -45,18 +49,22 @@ __device__ void copy_async_wait() {
 // ---------------------------------------------------------------------------------------- Four 8 x 8 matrices of
 // 16-bit elements (8 x 4 of float32), matrix i from the row addresses that lanes 8i ... 8i + 7 give, each of 16 bytes,
 // aligned to 16.
-__device__ inline void load_matrices(uint32_t (&r)[4], const void* row) {
+__device__ inline void load_matrices(uint32_t (&r)[4], uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
+               : "r"(row)
                : "memory");
 }
+__device__ inline void load_matrices(uint32_t (&r)[4], const void* row) { load_matrices(r, shared_address(row)); }
 // The same, each matrix transposed: 16-bit elements alone.
-__device__ inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+__device__ inline void load_matrices_transposed(uint32_t (&r)[4], uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
+               : "r"(row)
                : "memory");
+}
+__device__ inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+  load_matrices_transposed(r, shared_address(row));
 }
 
 // Two floats as 16-bit elements of one register, `low` in the lower half.

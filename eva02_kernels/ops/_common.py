@@ -220,16 +220,50 @@ def triton_backend(
     )
 
 
+def product_backends(
+    op: str,
+    triton_unsupported: Callable[[str, tuple[Any, ...]], Sequence[str]] = _never,
+    cuda_unsupported: Callable[[str, tuple[Any, ...]], Sequence[str]] = _never,
+    *,
+    error_multiple: float = 1.0,
+    float32_multiple: float | None = None,
+) -> tuple[Backend, Backend]:
+    """CUDA and Triton: ``fwd`` and ``bwd`` of ``ops/<op>/gpu.py`` over each one's ``_products.Kernels``.
+
+    Both are imported by the first call.
+    """
+
+    def backend(name: str, common: Any, unsupported: Any) -> Backend:
+        @functools.cache
+        def bound(direction: str) -> Callable[..., Any]:
+            function = getattr(importlib.import_module(f"eva02_kernels.ops.{op}.gpu"), direction)
+            return functools.partial(function, importlib.import_module(f"eva02_kernels.ops._{name}_gemm"))
+
+        return Backend(
+            name,
+            lambda *args: bound("fwd")(*args),
+            lambda *args: bound("bwd")(*args),
+            lambda direction, args: common(args) or unsupported(direction, args),
+            error_multiple,
+            float32_multiple,
+        )
+
+    return (
+        backend("cuda", _native.cuda_unsupported, cuda_unsupported),
+        backend("triton", _triton.unsupported, triton_unsupported),
+    )
+
+
 def whole_rows_only(direction: str, args: tuple[Any, ...]) -> Sequence[str]:
     """A Triton kernel's reason: it holds a row of the operator's main tensor in registers."""
     width = args[0].shape[-1]
     return (f"needs at most {MAX_ROW_WIDTH} columns, got {width}",) if width > MAX_ROW_WIDTH else ()
 
 
-def norm_rows_unsupported(*norms: tuple[int, bool]) -> Sequence[str]:
+def norm_rows_unsupported(*norms: tuple[int, bool], limit: int = MAX_ROW_WIDTH) -> Sequence[str]:
     """:func:`whole_rows_only` for (width, whether there is one) of each normalisation of an operator."""
     width = max((n for n, there in norms if there), default=0)
-    return (f"needs at most {MAX_ROW_WIDTH} normalised columns, got {width}",) if width > MAX_ROW_WIDTH else ()
+    return (f"needs at most {limit} normalised columns, got {width}",) if width > limit else ()
 
 
 def rows_2d(t: Tensor) -> Tensor:

@@ -7,8 +7,6 @@ Two routes (``_launch.fused_gemm``): fused as above, or torch.mm (cuBLAS) for th
 rows for what is around them. Products of backward that have nothing to fuse (weight gradients, input gradients) are
 torch.mm on either route; 16-bit ones are rounded once, and cuBLAS may add split sums in 16 bits where torch's
 ``allow_*_reduced_precision_reduction`` lets it.
-Hidden tensors have rows padded to 16 bytes (``padded``); their padding is zero, as is that of weights which meet it, so
-that products run over the padded width with aligned rows.
 Launch: BLOCK_M x BLOCK_N tiles in groups of rows, each tile all of K in a pipelined loop. Numerics: float32 sums,
 float32 epilogue, one rounding an output. Limits: last dims contiguous, any row stride.
 """
@@ -16,7 +14,7 @@ float32 epilogue, one rounding an output. Limits: last dims contiguous, any row 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -25,7 +23,8 @@ from torch import Tensor
 
 from eva02_kernels import _launch, _triton
 from eva02_kernels._launch import GROUP_ROWS, Choice, row_pieces
-from eva02_kernels.ops._common import empty_stats, padded
+from eva02_kernels.ops._common import padded
+from eva02_kernels.ops._products import by_torch, by_torch_float32, gate_and_up, padded_columns
 from eva02_kernels.ops._triton_lib import (
     column_sums,
     dot,
@@ -34,7 +33,11 @@ from eva02_kernels.ops._triton_lib import (
     scale_and_sum,
     silu_and_slope,
 )
-from eva02_kernels.ops.add_layer_norm.triton_kernels import normalise
+from eva02_kernels.ops.add_layer_norm.triton_kernels import norm_backward, normalise
+from eva02_kernels.ops.apply_rope.triton_kernels import rotate, table_gradients
+from eva02_kernels.ops.subln_swiglu import triton_kernels as subln_swiglu
+
+__all__ = ["norm_backward", "normalise", "rotate", "scale_and_sum", "table_gradients"]  # of _products.Kernels
 
 
 # ---- device functions ------------------------------------------------------------------------------------------------
@@ -360,257 +363,80 @@ def _per_sample(rows: int, row_scale: Tensor | None) -> int:
     return 1 if row_scale is None else max(1, rows // max(1, row_scale.numel()))
 
 
-# ---- operands --------------------------------------------------------------------------------------------------------
-def padded_columns(weight: Tensor) -> Tensor:
-    """weight (N, F) with rows of 16 bytes' multiples: a copy with zeros behind each row, or itself."""
-    width = weight.shape[1]
-    if padded(width) == width:
-        return weight
-    return torch.nn.functional.pad(weight, (0, padded(width) - width))
+# ---- what _products.Kernels asks for ---------------------------------------------------------------------------------
+multiply, multiply_float32 = by_torch, by_torch_float32
+subln_forward, subln_backward = subln_swiglu.forward, subln_swiglu.backward
 
 
-def stacked(parts: Sequence[Tensor | None], like: Tensor, width: int) -> Tensor:
-    """Rows (or elements) of the parts, each with zeros behind up to ``width``: itself where one part needs none."""
-    only = parts[0]
-    if len(parts) == 1 and only is not None and only.shape[0] == width and only.dtype == like.dtype:
-        return only
-    shape = (len(parts), width, *like.shape[1:])
-    out = torch.zeros(shape, dtype=like.dtype, device=like.device)
-    for place, part in zip(out, parts, strict=True):
-        if part is not None:
-            place[: part.shape[0]] = part
-    return out.view(-1, *like.shape[1:])
-
-
-def multiply(a: Tensor, b: Tensor, out: Tensor, add: Tensor | None = None) -> Tensor:
-    """out = a b [+ a bias (N,) or a matrix]: cuBLAS, rounded once."""
-    if add is None:
-        return torch.mm(a, b, out=out)
-    return torch.addmm(add.to(a.dtype), a, b, out=out)
-
-
-def multiply_float32(a: Tensor, b: Tensor) -> Tensor:
-    """a b in float32, of 16-bit operands too."""
-    if a.is_cuda and a.dtype != torch.float32 and torch.version.hip is None:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    out = torch.empty(a.shape[0], b.shape[1], dtype=torch.float32, device=a.device)
-    return torch.mm(a.float(), b.float(), out=out)
-
-
-# ---- steps of the operators ------------------------------------------------------------------------------------------
 def project(
-    a: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, layer_scale: Tensor | None = None,
-    row_scale: Tensor | None = None, residual: Tensor | None = None,
+    a: Tensor, weight: Tensor, bias: Tensor | None, layer_scale: Tensor | None, row_scale: Tensor | None,
+    residual: Tensor | None, out: Tensor,
 ) -> None:  # fmt: skip
-    """out = residual + row_scale * layer_scale * (a weight^T + bias), rows with any stride."""
     rows, (width, depth) = a.shape[0], weight.shape
-    if not rows or not width:
-        return
-    if fused(a):
-        launch_tiles(_project_kernel, "plain", a, width, depth, a, weight, bias, layer_scale, row_scale, residual, out,
-                     rows, a.stride(0), weight.stride(0), _stride(residual), out.stride(0),
-                     _per_sample(rows, row_scale), N=width, COLS=width)  # fmt: skip
-    elif layer_scale is None and row_scale is None and residual is None:
-        multiply(a, weight.t(), out, bias)
-    else:
-        multiply(a, weight.t(), out)
-        _launch_rows(_finish_kernel, rows, width, out, bias, layer_scale, row_scale, residual, out, rows, out.stride(0),
-                     _stride(residual), out.stride(0), _per_sample(rows, row_scale), N=width)  # fmt: skip
+    launch_tiles(_project_kernel, "plain", a, width, depth, a, weight, bias, layer_scale, row_scale, residual, out,
+                 rows, a.stride(0), weight.stride(0), _stride(residual), out.stride(0), _per_sample(rows, row_scale),
+                 N=width, COLS=width)  # fmt: skip
+
+
+def finish(
+    y: Tensor, bias: Tensor | None, layer_scale: Tensor | None, row_scale: Tensor | None, residual: Tensor | None,
+    out: Tensor,
+) -> None:  # fmt: skip
+    rows, width = y.shape
+    _launch_rows(_finish_kernel, rows, width, y, bias, layer_scale, row_scale, residual, out, rows, y.stride(0),
+                 _stride(residual), out.stride(0), _per_sample(rows, row_scale), N=width)  # fmt: skip
 
 
 def activate(
-    a: Tensor, w_gate: Tensor, b_gate: Tensor | None, w_up: Tensor | None, b_up: Tensor | None, *,
-    kept: Tensor | None, hidden: Tensor | None, gelu: bool = False,
+    a: Tensor, w_gate: Tensor, w_up: Tensor | None, b_gate: Tensor | None, b_up: Tensor | None, kept: Tensor | None,
+    hidden: Tensor | None,
 ) -> None:  # fmt: skip
-    """kept (rows, 2, Fp) = gate and up, hidden (rows, Fp) = silu(gate) * up; with ``gelu`` kept (rows, 1, Fp) = gate
-    and hidden = gelu(gate). Without w_up, w_gate is packed (or the only one). Either output may be None."""
-    rows, depth = a.shape
-    halves = 1 if gelu else 2
-    width = w_gate.shape[0] // (halves if w_up is None else 1)
-    cols = padded(width)
-    if not rows or not width:
-        return
-    if fused(a):
-        if not gelu and w_up is None:
-            w_gate, w_up = w_gate[:width], w_gate[width:]
-            b_gate, b_up = (None, None) if b_gate is None else (b_gate[:width], b_gate[width:])
-        elif w_up is not None and w_up.stride(0) != w_gate.stride(0):
-            w_gate, w_up = w_gate.contiguous(), w_up.contiguous()
-        gate, up = _gate_and_up(kept)
-        launch_tiles(_activate_kernel, "plain" if gelu else "dual", a, cols, depth, a, w_gate, w_up, b_gate, b_up,
-                     gate, up, hidden, rows, a.stride(0), w_gate.stride(0), _stride(kept), _stride(hidden), GELU=gelu,
-                     N=width, COLS=cols)  # fmt: skip
-        return
-    if kept is None:
-        kept = torch.empty(rows, halves, cols, dtype=a.dtype, device=a.device)
-    weight, bias = _stack_hidden(w_gate, w_up, halves), None
-    if b_gate is not None or b_up is not None:
-        bias = stacked(_parts(b_gate, b_up, w_up, halves), weight[:, 0], cols)
-    multiply(a, weight.t(), kept.view(rows, -1), bias)
-    if hidden is not None:
-        gate, up = _gate_and_up(kept)
-        _launch_rows(_activate_rows_kernel, rows, cols, gate, up, hidden, rows, _stride(kept), _stride(hidden), N=width,
-                     COLS=cols)  # fmt: skip
+    rows, width, cols = a.shape[0], w_gate.shape[0], padded(w_gate.shape[0])
+    gate, up = gate_and_up(kept)
+    launch_tiles(_activate_kernel, "plain" if w_up is None else "dual", a, cols, a.shape[1], a, w_gate, w_up, b_gate,
+                 b_up, gate, up, hidden, rows, a.stride(0), w_gate.stride(0), _stride(kept), _stride(hidden),
+                 GELU=w_up is None, N=width, COLS=cols)  # fmt: skip
+
+
+def activate_rows(kept: Tensor, hidden: Tensor, width: int) -> None:
+    gate, up = gate_and_up(kept)
+    _launch_rows(_activate_rows_kernel, kept.shape[0], kept.shape[2], gate, up, hidden, kept.shape[0], _stride(kept),
+                 _stride(hidden), N=width, COLS=kept.shape[2])  # fmt: skip
 
 
 def hidden_gradient(
-    dy: Tensor, w_down: Tensor, kept: Tensor, dkept: Tensor, hidden: Tensor | None, db_gate: Tensor | None,
-    db_up: Tensor | None,
+    dy: Tensor, w_down: Tensor, kept: Tensor, dkept: Tensor, hidden: Tensor | None, grads: Sequence[Tensor | None]
+) -> None:
+    rows, (depth, width), cols = dy.shape[0], w_down.shape, kept.shape[2]
+    # One partial sum of each bias's gradient for every row of tiles: 1 / BLOCK_M of what the tiles store.
+    partials = [None if g is None else torch.empty(triton.cdiv(rows, 32), width, dtype=torch.float32, device=dy.device)
+                for g in grads]  # fmt: skip
+    weight = padded_columns(w_down)
+    choice = launch_tiles(_hidden_gradient_kernel, "rich", dy, cols, depth, dy, weight, *gate_and_up(kept),
+                          *gate_and_up(dkept), hidden, *partials, rows, dy.stride(0), weight.stride(0), _stride(kept),
+                          _stride(dkept), _stride(hidden), N=width, COLS=cols)  # fmt: skip
+    for partial, grad in zip(partials, grads, strict=True):
+        if partial is not None and grad is not None:
+            column_sums(partial[: triton.cdiv(rows, choice["BLOCK_M"])], grad)
+
+
+def hidden_gradient_rows(dhidden: Tensor, kept: Tensor, dkept: Tensor, hidden: Tensor | None, width: int) -> None:
+    rows, cols = dhidden.shape
+    _launch_rows(_hidden_gradient_rows_kernel, rows, cols, dhidden, *gate_and_up(kept), *gate_and_up(dkept), hidden,
+                 rows, dhidden.stride(0), _stride(kept), _stride(dkept), _stride(hidden), N=width,
+                 COLS=cols)  # fmt: skip
+
+
+def project_rope(*args: Any) -> None:
+    from eva02_kernels.ops.qkv_rope import triton_kernels  # which imports this module
+
+    triton_kernels.project_rope(*args)
+
+
+def layer_scale_gradient(
+    product: Tensor | None, weight: Tensor, bias: Tensor | None, layer_scale: Tensor, sums: Tensor | None,
+    dweight: Tensor | None, dbias: Tensor | None, dscale: Tensor | None,
 ) -> None:  # fmt: skip
-    """dkept like kept = gradients of gate and up (or of gate before a GELU) for dy of the output, ``hidden`` (where
-    wanted) the activation again, and the gradients (F,) of the biases, where wanted."""
-    rows, (depth, width) = dy.shape[0], w_down.shape
-    cols = kept.shape[2]
-    gate, up = _gate_and_up(kept)
-    dgate, dup = _gate_and_up(dkept)
-    grads = (db_gate, db_up)
-    if fused(dy) and rows:
-        # One partial sum of each bias's gradient for every row of tiles: 1 / BLOCK_M of what the tiles store.
-        partials = [None if g is None else torch.empty(triton.cdiv(rows, 32), width, dtype=torch.float32,
-                                                       device=dy.device) for g in grads]  # fmt: skip
-        weight = padded_columns(w_down)
-        choice = launch_tiles(_hidden_gradient_kernel, "rich", dy, cols, depth, dy, weight, gate, up, dgate, dup,
-                              hidden, *partials, rows, dy.stride(0), weight.stride(0), _stride(kept), _stride(dkept),
-                              _stride(hidden), N=width, COLS=cols)  # fmt: skip
-        for partial, grad in zip(partials, grads, strict=True):
-            if partial is not None and grad is not None:
-                column_sums(partial[: triton.cdiv(rows, choice["BLOCK_M"])], grad)
-        return
-    if rows:
-        dhidden = torch.empty(rows, cols, dtype=dy.dtype, device=dy.device)
-        multiply(dy, padded_columns(w_down), dhidden)
-        _launch_rows(_hidden_gradient_rows_kernel, rows, cols, dhidden, gate, up, dgate, dup, hidden, rows,
-                     dhidden.stride(0), _stride(kept), _stride(dkept), _stride(hidden), N=width, COLS=cols)  # fmt: skip
-    hidden_bias_gradients(dkept, grads)
-
-
-def hidden_bias_gradients(dkept: Tensor, grads: Sequence[Tensor | None]) -> None:
-    for d, grad in zip(_gate_and_up(dkept), grads, strict=True):
-        if grad is not None and d is not None:
-            scale_and_sum(d[:, : grad.shape[0]], sums=grad)
-
-
-def hidden_input_gradient(
-    dkept: Tensor, w_gate: Tensor, w_up: Tensor | None, *, add: Tensor | None = None, out: Tensor | None = None
-) -> Tensor:  # fmt: skip
-    """dgate w_gate + dup w_up [+ add] as one product over both, in the dtype of the activations."""
-    rows, halves, cols = dkept.shape
-    out = torch.empty(rows, w_gate.shape[1], dtype=dkept.dtype, device=dkept.device) if out is None else out
-    return multiply(dkept.view(rows, halves * cols), _stack_hidden(w_gate, w_up, halves), out, add)
-
-
-def hidden_weight_gradients(
-    dkept: Tensor, a: Tensor, dw_gate: Tensor | None, dw_up: Tensor | None, *, packed: bool = False
-) -> None:  # fmt: skip
-    """dw_gate = dgate^T a and dw_up = dup^T a, where wanted; a packed dw_gate is of both."""
-    rows, halves, cols = dkept.shape
-    if packed and dw_gate is not None:
-        if dw_gate.shape[0] == halves * cols:
-            multiply(dkept.view(rows, halves * cols).t(), a, dw_gate)
-            return
-        dw_gate, dw_up = dw_gate.chunk(2)
-    for d, grad in zip(_gate_and_up(dkept), (dw_gate, dw_up), strict=True):
-        if grad is not None and d is not None:
-            multiply(d[:, : grad.shape[0]].t(), a, grad)
-
-
-def _gate_and_up(kept: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    if kept is None:
-        return None, None
-    return kept[:, 0], kept[:, 1] if kept.shape[1] == 2 else None
-
-
-def _parts(gate: Tensor | None, up: Tensor | None, w_up: Tensor | None, halves: int) -> list[Tensor | None]:
-    """The parts of a hidden weight or bias; a packed one is split only where its halves are padded."""
-    if w_up is not None or halves == 1:
-        return [gate, up][:halves]
-    assert gate is not None
-    width = gate.shape[0] // 2
-    return [gate[:width], gate[width:]]
-
-
-def _stack_hidden(w_gate: Tensor, w_up: Tensor | None, halves: int) -> Tensor:
-    """(halves * Fp, K) weights of gate and up with zero rows as padding; a packed weight that needs none is itself."""
-    if w_up is None and w_gate.shape[0] == halves * padded(w_gate.shape[0] // halves):
-        return w_gate
-    parts = _parts(w_gate, w_up, w_up, halves)
-    assert parts[0] is not None
-    return stacked(parts, w_gate, padded(parts[0].shape[0]))
-
-
-# ---- LayerNorm before a projection --------------------------------------------------------------------------------
-def normed_input(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, pre_norm: bool, *,
-    statistics: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:  # fmt: skip
-    """LayerNorm of rows x where there is one before the projection; it is not kept, backward computes it again.
-
-    ``statistics``: where mean and rstd go, if they are wanted.
-    """
-    if not pre_norm:
-        return x
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    mean, rstd = statistics or (empty_stats(x, x.shape[0]), empty_stats(x, x.shape[0]))
-    normalise(x, weight, bias, eps, out, mean, rstd)
-    return out
-
-
-# ---- gradients of an output projection -------------------------------------------------------------------------------
-class OutputGradient(NamedTuple):
-    """dy, the gradient of a product a W^T + b; that without the layer scale; the column sums of the latter."""
-
-    dy: Tensor
-    unscaled: Tensor
-    sums: Tensor | None
-
-
-def output_gradient(
-    dout: Tensor, bias: Tensor | None, layer_scale: Tensor | None, row_scale: Tensor | None, needs: Sequence[bool]
-) -> OutputGradient:
-    """What the gradients of row_scale * layer_scale * (a W^T + b) start from; ``needs`` for W, b and layer_scale."""
-    needs_weight, needs_bias, needs_scale = needs
-    dy = unscaled = dout
-    scaled = row_scaled = sums = None
-    if row_scale is not None and (layer_scale is None or needs_weight or needs_scale):
-        unscaled = row_scaled = torch.empty(dout.shape, dtype=dout.dtype, device=dout.device)
-        dy = unscaled
-    if layer_scale is not None:
-        dy = scaled = torch.empty(dout.shape, dtype=dout.dtype, device=dout.device)
-    if bias is not None and (needs_bias or needs_scale):
-        dtype = bias.dtype if layer_scale is None else torch.float32
-        sums = torch.empty(bias.shape, dtype=dtype, device=dout.device)
-    if scaled is not None or row_scaled is not None or sums is not None:
-        scale_and_sum(
-            dout, layer_scale=layer_scale, row_scale=row_scale, scaled=scaled, row_scaled=row_scaled, sums=sums
-        )
-    return OutputGradient(dy, unscaled, sums)
-
-
-def output_parameter_gradients(
-    gradient: OutputGradient, a: Tensor | None, weight: Tensor, bias: Tensor | None, layer_scale: Tensor | None,
-    needs: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Gradients of weight, bias and layer_scale; ``a``, the product's left operand, is for those of the first and last.
-
-    With G = (row_scale dout)^T a, the weight's is layer_scale G, and the layer scale's is the row sums of W G, plus b
-    times the column sums of row_scale dout: y is not computed again.
-    """
-    needs_weight, needs_bias, needs_scale = needs
-    device = weight.device
-    dweight = torch.empty(weight.shape, dtype=weight.dtype, device=device) if needs_weight else None
-    if layer_scale is None:
-        if dweight is not None:
-            assert a is not None
-            multiply(gradient.dy.t(), a, dweight)
-        return dweight, gradient.sums if needs_bias else None, None
-    dbias = torch.empty(bias.shape, dtype=bias.dtype, device=device) if needs_bias and bias is not None else None
-    dscale = torch.empty(layer_scale.shape, dtype=layer_scale.dtype, device=device) if needs_scale else None
-    product = None
-    if needs_weight or needs_scale:
-        assert a is not None
-        product = multiply_float32(gradient.unscaled.t(), a)
     width, depth = weight.shape
-    if width and (product is not None or dbias is not None):
-        _triton.launch(_layer_scale_gradient_kernel, (width,), row_pieces(depth), product, weight, bias, layer_scale,
-                       gradient.sums, dweight, dbias, dscale, weight.stride(0), K=depth)  # fmt: skip
-    return dweight, dbias, dscale
+    _triton.launch(_layer_scale_gradient_kernel, (width,), row_pieces(depth), product, weight, bias, layer_scale, sums,
+                   dweight, dbias, dscale, weight.stride(0), K=depth)  # fmt: skip

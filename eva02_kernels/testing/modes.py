@@ -121,6 +121,8 @@ def _simulated_call(operator: Any, on_report: Callable[[Any], None]) -> Callable
     def call(*args: Any) -> None:
         tensors = {a.name: t for a, t in zip(arguments, args, strict=True) if isinstance(t, torch.Tensor) and t.numel()}
         outputs = {a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write}
+        read = {t.data_ptr() for name, t in tensors.items() if name not in outputs}
+        outputs = {name for name in outputs if name in tensors and tensors[name].data_ptr() not in read}  # not in place
         with _cuda_runtime().launches(
             {name: t for name, t in tensors.items() if name not in outputs},
             outputs={name: t for name, t in tensors.items() if name in outputs},

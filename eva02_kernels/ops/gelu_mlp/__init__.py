@@ -1,7 +1,7 @@
 """gelu_mlp: the plain feed-forward layer of a ViT (exact GELU), LayerNorm before and residual after.
 
-Files: ``spec.py`` formula, schema, autograd, samples and bytes, ``triton_kernels.py`` the GPU kernels, ``native.py``
-the adapter to ``csrc/gelu_mlp``.
+Files: ``spec.py`` formula, schema, autograd, samples and bytes, ``gpu.py`` its steps on a GPU, ``native.py`` the
+adapter to ``csrc/gelu_mlp``.
 """
 
 from __future__ import annotations

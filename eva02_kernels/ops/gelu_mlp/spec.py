@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from eva02_kernels._launch import MAX_ROW_WIDTH
 from eva02_kernels._library import define, eager_gradients, input_gradients
 from eva02_kernels._registry import OpSpec, Sample
 from eva02_kernels.ops._common import (
+    MAX_CUDA_ROW_WIDTH,
     autocast,
     canonical_pre_norm,
     check,
@@ -23,9 +26,9 @@ from eva02_kernels.ops._common import (
     norm_rows_unsupported,
     num_rows,
     padded,
+    product_backends,
     scale_and_add_ref,
     statistics,
-    triton_backend,
 )
 from eva02_kernels.ops.add_layer_norm.spec import check_scales
 from eva02_kernels.ops.gelu_mlp import native
@@ -105,9 +108,13 @@ def _backward(ctx: Any, dout: Tensor, *_: None) -> list[Tensor | None]:
     return input_gradients(ctx, "gelu_mlp_bwd", dout, _PLACES)
 
 
-def _triton_unsupported(direction: str, args: tuple[Any, ...]) -> Sequence[str]:
+def _unsupported(limit: int, direction: str, args: tuple[Any, ...]) -> Sequence[str]:
     x, *rest = args if direction == "fwd" else args[4:]
-    return norm_rows_unsupported((x.shape[-1], rest[7]))
+    return norm_rows_unsupported((x.shape[-1], rest[7]), limit=limit)
+
+
+_triton_unsupported = functools.partial(_unsupported, MAX_ROW_WIDTH)
+_cuda_unsupported = functools.partial(_unsupported, MAX_CUDA_ROW_WIDTH)
 
 
 def _samples() -> list[Sample]:
@@ -181,7 +188,7 @@ SPEC = define(
         setup_context=save_mlp,
         backward=_backward,
         backends=(
-            triton_backend("gelu_mlp", _triton_unsupported, error_multiple=native.ERROR_MULTIPLE),
+            *product_backends("gelu_mlp", _triton_unsupported, _cuda_unsupported, error_multiple=native.ERROR_MULTIPLE),
             cpu_backend(native.fwd, native.bwd, native.unsupported, error_multiple=native.ERROR_MULTIPLE),
             eager_backend(_eager_fwd, _eager_bwd),
         ),

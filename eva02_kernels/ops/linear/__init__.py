@@ -1,7 +1,7 @@
 """linear: x W^T + b with layer scale, drop path and the residual in the epilogue (the attention output projection).
 
-Files: ``spec.py`` formula, schema, autograd, samples and bytes, ``triton_kernels.py`` the GPU kernels, ``native.py``
-the adapter to ``csrc/linear``.
+Files: ``spec.py`` formula, schema, autograd, samples and bytes, ``gpu.py`` its steps on a GPU, ``native.py`` the
+adapter to ``csrc/linear``.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ from eva02_kernels.ops._common import (
     eager_backend,
     linear_ref,
     num_rows,
+    product_backends,
     scale_and_add_ref,
-    triton_backend,
 )
 from eva02_kernels.ops.add_layer_norm.spec import check_scales
 from eva02_kernels.ops.linear import native
@@ -125,7 +125,7 @@ SPEC = define(
         setup_context=_setup_context,
         backward=_backward,
         backends=(
-            triton_backend("linear"),
+            *product_backends("linear"),
             cpu_backend(native.fwd, native.bwd),
             eager_backend(_reference, _eager_bwd),
         ),

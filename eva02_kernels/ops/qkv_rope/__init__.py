@@ -1,7 +1,7 @@
 """qkv_rope: the q, k, v projection with the LayerNorm before it and the rotation of q and k after it.
 
-Files: ``spec.py`` formula, schema, autograd, samples and bytes, ``triton_kernels.py`` the GPU kernels, ``native.py``
-the adapter to ``csrc/qkv_rope``.
+Files: ``spec.py`` formula, schema, autograd, samples and bytes, ``gpu.py`` its steps on a GPU, ``triton_kernels.py``
+the product that rotates, ``native.py`` the adapter to ``csrc/qkv_rope``.
 """
 
 from __future__ import annotations

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from eva02_kernels._launch import MAX_ROW_WIDTH
 from eva02_kernels._library import define, eager_gradients, input_gradients, save_inputs
 from eva02_kernels._registry import OpSpec, Sample
 from eva02_kernels.ops._common import (
+    MAX_CUDA_ROW_WIDTH,
     autocast,
     canonical_pre_norm,
     check,
@@ -22,8 +25,8 @@ from eva02_kernels.ops._common import (
     linear_ref,
     norm_rows_unsupported,
     num_rows,
+    product_backends,
     statistics,
-    triton_backend,
 )
 from eva02_kernels.ops.qkv_rope import native
 from eva02_kernels.ops.rope_attention.spec import attention_inputs
@@ -155,9 +158,13 @@ def _backward(ctx: Any, dqkv: Tensor, *_: None) -> list[Tensor | None]:
     return input_gradients(ctx, "qkv_rope_bwd", dqkv, _PLACES)
 
 
-def _triton_unsupported(direction: str, args: tuple[Any, ...]) -> Sequence[str]:
+def _unsupported(limit: int, direction: str, args: tuple[Any, ...]) -> Sequence[str]:
     x, *rest = args if direction == "fwd" else args[4:]
-    return norm_rows_unsupported((x.shape[-1], rest[native.NUM_PARAMETERS + 1]))
+    return norm_rows_unsupported((x.shape[-1], rest[native.NUM_PARAMETERS + 1]), limit=limit)
+
+
+_triton_unsupported = functools.partial(_unsupported, MAX_ROW_WIDTH)
+_cuda_unsupported = functools.partial(_unsupported, MAX_CUDA_ROW_WIDTH)
 
 
 def _samples() -> list[Sample]:
@@ -235,7 +242,7 @@ SPEC = define(
         setup_context=_setup_context,
         backward=_backward,
         backends=(
-            triton_backend("qkv_rope", _triton_unsupported),
+            *product_backends("qkv_rope", _triton_unsupported, _cuda_unsupported),
             cpu_backend(native.fwd, native.bwd),
             eager_backend(_eager_fwd, _eager_bwd),
         ),

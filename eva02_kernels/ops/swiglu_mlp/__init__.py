@@ -1,7 +1,7 @@
 """swiglu_mlp: the gated feed-forward layer of EVA-02, LayerNorm before and sub-LayerNorm inside, residual after.
 
-Files: ``spec.py`` formula, schema, autograd, samples and bytes, ``triton_kernels.py`` the GPU kernels, ``native.py``
-the adapter to ``csrc/swiglu_mlp``.
+Files: ``spec.py`` formula, schema, autograd, samples and bytes, ``gpu.py`` its steps on a GPU, ``native.py`` the
+adapter to ``csrc/swiglu_mlp``.
 """
 
 from __future__ import annotations

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from eva02_kernels._launch import MAX_ROW_WIDTH
 from eva02_kernels._library import define, eager_gradients, input_gradients, save_inputs
 from eva02_kernels._registry import OpSpec, Sample
 from eva02_kernels.ops._common import (
+    MAX_CUDA_ROW_WIDTH,
     autocast,
     canonical_pre_norm,
     check,
@@ -23,9 +26,9 @@ from eva02_kernels.ops._common import (
     norm_rows_unsupported,
     num_rows,
     padded,
+    product_backends,
     scale_and_add_ref,
     statistics,
-    triton_backend,
 )
 from eva02_kernels.ops.add_layer_norm.spec import check_scales
 from eva02_kernels.ops.subln_swiglu.reference import hidden_ref, subln_swiglu_ref
@@ -150,10 +153,14 @@ def _backward(ctx: Any, dout: Tensor, *_: None) -> list[Tensor | None]:
     return input_gradients(ctx, "swiglu_mlp_bwd", dout, _PLACES)
 
 
-def _triton_unsupported(direction: str, args: tuple[Any, ...]) -> Sequence[str]:
+def _unsupported(limit: int, direction: str, args: tuple[Any, ...]) -> Sequence[str]:
     x, *rest = args if direction == "fwd" else args[6:]
     width = hidden_width(rest[0], rest[2])
-    return norm_rows_unsupported((x.shape[-1], rest[12]), (width, rest[6] is not None))
+    return norm_rows_unsupported((x.shape[-1], rest[12]), (width, rest[6] is not None), limit=limit)
+
+
+_triton_unsupported = functools.partial(_unsupported, MAX_ROW_WIDTH)
+_cuda_unsupported = functools.partial(_unsupported, MAX_CUDA_ROW_WIDTH)
 
 
 def _samples() -> list[Sample]:
@@ -237,7 +244,7 @@ def _bytes(x: Tensor, w_gate: Tensor, b_gate: Any, w_up: Any, *rest: Any) -> tup
 # Matrix instructions take 16-bit operands: in those types the normed input, gate, up, the hidden activations and the
 # gradients of all of these are rounded in turn; eager's run in the same dtype is as far off (3.5 times the plain
 # bound for dw_up at F = 2730, where a float32 run rounded once is the yardstick). In float32 nothing is rounded.
-TRITON_ERROR_MULTIPLE = 4.0
+GPU_ERROR_MULTIPLE = 4.0
 
 SPEC = define(
     OpSpec(
@@ -256,8 +263,12 @@ SPEC = define(
         setup_context=save_mlp,
         backward=_backward,
         backends=(
-            triton_backend(
-                "swiglu_mlp", _triton_unsupported, error_multiple=TRITON_ERROR_MULTIPLE, float32_multiple=1.0
+            *product_backends(
+                "swiglu_mlp",
+                _triton_unsupported,
+                _cuda_unsupported,
+                error_multiple=GPU_ERROR_MULTIPLE,
+                float32_multiple=1.0,
             ),
             cpu_backend(native.fwd, native.bwd, native.unsupported, error_multiple=native.ERROR_MULTIPLE),
             eager_backend(_eager_fwd, _eager_bwd),

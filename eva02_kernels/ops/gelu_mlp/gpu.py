@@ -1,11 +1,11 @@
-"""Triton kernels of gelu_mlp: products and their epilogues are ``ops/_triton_gemm.py``.
+"""gelu_mlp on a GPU: products and their epilogues are a backend's (``ops/_products.py``).
 
 Fused: GELU behind the first product, layer scale, drop path and residual behind the second; GELU's gradient (with the
 activation again, and the bias's sums) behind backward's first product. The pre-norm is one pass before the first.
 Bytes: forward writes and reads the normed x and the activation, writes the hidden layer before it (kept, unless
 recompute) and reads x again as the residual. Backward reads the hidden layer and writes its gradient and the
 activation once; products read them from there.
-Launch: see ``_triton_gemm``. Numerics: float32 inside each kernel; normed x, the hidden layer, the activation and their
+Numerics: float32 inside each kernel; normed x, the hidden layer, the activation and their
 gradients are rounded once each. Limits: 16,384 columns under a normalisation.
 """
 
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from eva02_kernels.ops._common import contiguous, empty_like_needed, padded, present, rows_2d, view_2d
-from eva02_kernels.ops._triton_gemm import (
+from eva02_kernels.ops._products import (
+    Kernels,
     activate,
     hidden_gradient,
     hidden_input_gradient,
@@ -28,11 +29,10 @@ from eva02_kernels.ops._triton_gemm import (
     padded_columns,
     project,
 )
-from eva02_kernels.ops.add_layer_norm.triton_kernels import norm_backward
 from eva02_kernels.ops.gelu_mlp.native import empty_outputs
 
 
-def fwd(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def fwd(on: Kernels, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     w1, b1, w2, b2, *pre = args[:8]
     layer_scale, row_scale, add_x = args[8:11]
     outputs = empty_outputs(x, args)
@@ -41,16 +41,18 @@ def fwd(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
         return outputs
     x2 = rows_2d(x)
     b1, b2, layer_scale, row_scale = contiguous(b1, b2, layer_scale, row_scale)
-    normed = normed_input(x2, *pre, statistics=(pre_mean, pre_rstd))
+    normed = normed_input(on, x2, *pre, statistics=(pre_mean, pre_rstd))
     hidden = torch.empty(x2.shape[0], padded(w1.shape[0]), dtype=x.dtype, device=x.device)
-    activate(normed, rows_2d(w1), b1, None, None, kept=kept[:, None] if kept.numel() else None, hidden=hidden,
+    activate(on, normed, rows_2d(w1), b1, None, None, kept=kept[:, None] if kept.numel() else None, hidden=hidden,
              gelu=True)  # fmt: skip
-    project(hidden, padded_columns(rows_2d(w2)), b2, view_2d(out), layer_scale=layer_scale, row_scale=row_scale,
+    project(on, hidden, padded_columns(rows_2d(w2)), b2, view_2d(out), layer_scale=layer_scale, row_scale=row_scale,
             residual=x2 if add_x else None)  # fmt: skip
     return outputs
 
 
-def bwd(dout: Tensor, kept: Tensor, pre_mean: Tensor, pre_rstd: Tensor, x: Tensor, *args: Any) -> list[Tensor]:
+def bwd(
+    on: Kernels, dout: Tensor, kept: Tensor, pre_mean: Tensor, pre_rstd: Tensor, x: Tensor, *args: Any
+) -> list[Tensor]:
     *inputs, needs = args
     w1, b1, w2, b2, *pre = inputs[:8]
     layer_scale, row_scale, add_x = inputs[8:11]
@@ -64,26 +66,26 @@ def bwd(dout: Tensor, kept: Tensor, pre_mean: Tensor, pre_rstd: Tensor, x: Tenso
     rows, cols = x2.shape[0], padded(w1.shape[0])
     b1, b2, layer_scale, row_scale = contiguous(b1, b2, layer_scale, row_scale)
 
-    normed = normed_input(x2, *pre) if dw1 is not None or not kept.numel() else x2
+    normed = normed_input(on, x2, *pre) if dw1 is not None or not kept.numel() else x2
     if not kept.numel():
         kept = torch.empty(rows, cols, dtype=x.dtype, device=x.device)
-        activate(normed, w1, b1, None, None, kept=kept[:, None], hidden=None, gelu=True)
+        activate(on, normed, w1, b1, None, None, kept=kept[:, None], hidden=None, gelu=True)
     needs_out = (needs[3], needs[4], needs[7])
-    gradient = output_gradient(dout2, b2, layer_scale, row_scale, needs_out)
+    gradient = output_gradient(on, dout2, b2, layer_scale, row_scale, needs_out)
     hidden = None
     if needs[3] or needs[7]:
         hidden = torch.empty(rows, cols, dtype=x.dtype, device=x.device)
     dkept = torch.empty(rows, 1, cols, dtype=x.dtype, device=x.device)
-    hidden_gradient(gradient.dy, w2, kept[:, None], dkept, hidden, db1, None)
+    hidden_gradient(on, gradient.dy, w2, kept[:, None], dkept, hidden, db1, None)
     grads[3], grads[4], grads[7] = output_parameter_gradients(
-        gradient, None if hidden is None else hidden[:, : w2.shape[1]], w2, b2, layer_scale, needs_out
+        on, gradient, None if hidden is None else hidden[:, : w2.shape[1]], w2, b2, layer_scale, needs_out
     )
-    hidden_weight_gradients(dkept, normed, dw1, None)
+    hidden_weight_gradients(on, dkept, normed, dw1, None)
     residual = dout2 if add_x else None
     if not pre_norm and dx is not None:
-        hidden_input_gradient(dkept, w1, None, add=residual, out=view_2d(dx))
+        hidden_input_gradient(on, dkept, w1, None, add=residual, out=view_2d(dx))
     elif dx is not None or dpre_weight is not None or dpre_bias is not None:
-        dnormed = hidden_input_gradient(dkept, w1, None)
-        norm_backward(dnormed, x2, pre_mean, pre_rstd, pre_weight, None if dx is None else view_2d(dx),
+        dnormed = hidden_input_gradient(on, dkept, w1, None)
+        on.norm_backward(dnormed, x2, pre_mean, pre_rstd, pre_weight, None if dx is None else view_2d(dx),
                       dresidual=residual, dweight=dpre_weight, dbias=dpre_bias)  # fmt: skip
     return present(grads)

@@ -1,4 +1,4 @@
-"""Triton kernels of swiglu_mlp: products and their epilogues are ``ops/_triton_gemm.py``, the sub-LN subln_swiglu's.
+"""swiglu_mlp on a GPU: products and their epilogues are a backend's (``ops/_products.py``), the sub-LN subln_swiglu's.
 
 Fused: without a sub-LN SwiGLU behind the product of gate and up, and its gradient (with the hidden layer again, and
 the biases' sums) behind backward's first product; with one, one pass over whole rows between the products each way.
@@ -6,7 +6,7 @@ Layer scale, drop path and residual are the epilogue of the last product, the pr
 Bytes: forward writes and reads the normed x, gate and up (kept, unless recompute; without a sub-LN nothing reads them)
 and the hidden layer, and reads x again as the residual. Backward reads gate and up once, writes their gradients and
 the hidden layer once; products read them from there.
-Launch: see ``_triton_gemm``. Numerics: float32 inside each kernel; normed x, gate, up, the hidden layer and their
+Numerics: float32 inside each kernel; normed x, gate, up, the hidden layer and their
 gradients are rounded once each. Limits: 16,384 columns under a normalisation.
 """
 
@@ -26,32 +26,31 @@ from eva02_kernels.ops._common import (
     rows_2d,
     view_2d,
 )
-from eva02_kernels.ops._triton_gemm import (
+from eva02_kernels.ops._products import (
+    Kernels,
     activate,
     hidden_bias_gradients,
     hidden_gradient,
     hidden_input_gradient,
     hidden_weight_gradients,
-    multiply,
     normed_input,
     output_gradient,
     output_parameter_gradients,
     padded_columns,
     project,
 )
-from eva02_kernels.ops.add_layer_norm.triton_kernels import norm_backward
-from eva02_kernels.ops.subln_swiglu import triton_kernels as subln
 from eva02_kernels.ops.swiglu_mlp.native import empty_outputs, hidden_width
 
 
 def _subln(
-    kept: Tensor, weight: Tensor, bias: Tensor | None, eps: float, hidden: Tensor, mean: Tensor, rstd: Tensor
+    on: Kernels, kept: Tensor, weight: Tensor, bias: Tensor | None, eps: float, hidden: Tensor, mean: Tensor,
+    rstd: Tensor,
 ) -> None:  # fmt: skip
     bias = torch.zeros_like(weight) if bias is None else bias.contiguous()
-    subln.forward(kept[:, 0], kept[:, 1], weight.contiguous(), bias, eps, hidden, mean, rstd, cols=kept.shape[2])
+    on.subln_forward(kept[:, 0], kept[:, 1], weight.contiguous(), bias, eps, hidden, mean, rstd, cols=kept.shape[2])
 
 
-def fwd(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def fwd(on: Kernels, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     w_gate, b_gate, w_up, b_up, w_down, b_down, norm_weight, norm_bias, eps, *pre = args[:13]
     layer_scale, row_scale, add_x = args[13:16]
     outputs = empty_outputs(x, args)
@@ -60,23 +59,24 @@ def fwd(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
         return outputs
     x2, cols = rows_2d(x), padded(hidden_width(w_gate, w_up))
     rows = x2.shape[0]
-    normed = normed_input(x2, *pre, statistics=(pre_mean, pre_rstd))
+    normed = normed_input(on, x2, *pre, statistics=(pre_mean, pre_rstd))
     hidden = torch.empty(rows, cols, dtype=x.dtype, device=x.device)
     b_gate, b_up, b_down, layer_scale, row_scale = contiguous(b_gate, b_up, b_down, layer_scale, row_scale)
     weights: Any = (rows_2d(w_gate), b_gate, None if w_up is None else rows_2d(w_up), b_up)
     if norm_weight is None:
-        activate(normed, *weights, kept=kept if kept.numel() else None, hidden=hidden)
+        activate(on, normed, *weights, kept=kept if kept.numel() else None, hidden=hidden)
     else:
         gate_up = kept if kept.numel() else torch.empty(rows, 2, cols, dtype=x.dtype, device=x.device)
-        activate(normed, *weights, kept=gate_up, hidden=None)
-        _subln(gate_up, norm_weight, norm_bias, eps, hidden, mean, rstd)
-    project(hidden, padded_columns(rows_2d(w_down)), b_down, view_2d(out), layer_scale=layer_scale,
+        activate(on, normed, *weights, kept=gate_up, hidden=None)
+        _subln(on, gate_up, norm_weight, norm_bias, eps, hidden, mean, rstd)
+    project(on, hidden, padded_columns(rows_2d(w_down)), b_down, view_2d(out), layer_scale=layer_scale,
             row_scale=row_scale, residual=x2 if add_x else None)  # fmt: skip
     return outputs
 
 
 def bwd(
-    dout: Tensor, kept: Tensor, mean: Tensor, rstd: Tensor, pre_mean: Tensor, pre_rstd: Tensor, x: Tensor, *args: Any
+    on: Kernels, dout: Tensor, kept: Tensor, mean: Tensor, rstd: Tensor, pre_mean: Tensor, pre_rstd: Tensor,
+    x: Tensor, *args: Any,
 ) -> list[Tensor]:  # fmt: skip
     *inputs, needs = args
     w_gate, b_gate, w_up, b_up, w_down, b_down, norm_weight, norm_bias, eps, *pre = inputs[:13]
@@ -93,40 +93,40 @@ def bwd(
     w_gate, w_down, w_up = rows_2d(w_gate), rows_2d(w_down), None if w_up is None else rows_2d(w_up)
     b_gate, b_up, b_down, layer_scale, row_scale = contiguous(b_gate, b_up, b_down, layer_scale, row_scale)
 
-    normed = normed_input(x2, *pre) if dw_gate is not None or dw_up is not None or not kept.numel() else x2
+    normed = normed_input(on, x2, *pre) if dw_gate is not None or dw_up is not None or not kept.numel() else x2
     if not kept.numel():
         kept = torch.empty(rows, 2, cols, dtype=x.dtype, device=x.device)
-        activate(normed, w_gate, b_gate, w_up, b_up, kept=kept, hidden=None)
+        activate(on, normed, w_gate, b_gate, w_up, b_up, kept=kept, hidden=None)
     needs_out = (needs[5], needs[6], needs[11])
-    gradient = output_gradient(dout2, b_down, layer_scale, row_scale, needs_out)
+    gradient = output_gradient(on, dout2, b_down, layer_scale, row_scale, needs_out)
     hidden = None
     if needs[5] or needs[11]:
         hidden = torch.empty(rows, cols, dtype=x.dtype, device=x.device)
     dkept = torch.empty(kept.shape, dtype=x.dtype, device=x.device)
     bias_grads = db_gate.chunk(2) if packed and db_gate is not None else (db_gate, db_up)
     if norm_weight is None:
-        hidden_gradient(gradient.dy, w_down, kept, dkept, hidden, *bias_grads)
+        hidden_gradient(on, gradient.dy, w_down, kept, dkept, hidden, *bias_grads)
     else:
         norm_weight = norm_weight.contiguous()
         dhidden = torch.empty(rows, cols, dtype=x.dtype, device=x.device)
-        multiply(gradient.dy, padded_columns(w_down), dhidden)
-        norm_grads = iter(subln.backward(dhidden, kept[:, 0], kept[:, 1], norm_weight, norm_bias, mean, rstd,
+        on.multiply(gradient.dy, padded_columns(w_down), dhidden)
+        norm_grads = iter(on.subln_backward(dhidden, kept[:, 0], kept[:, 1], norm_weight, norm_bias, mean, rstd,
                                          dkept[:, 0], dkept[:, 1], needs[7:9], cols=cols))  # fmt: skip
         for i in (7, 8):
             if needs[i] and inputs[i - 1] is not None:
                 grads[i] = next(norm_grads)
         if hidden is not None:
-            _subln(kept, norm_weight, norm_bias, eps, hidden, empty_stats(x, rows), empty_stats(x, rows))
-        hidden_bias_gradients(dkept, bias_grads)
+            _subln(on, kept, norm_weight, norm_bias, eps, hidden, empty_stats(x, rows), empty_stats(x, rows))
+        hidden_bias_gradients(on, dkept, bias_grads)
     grads[5], grads[6], grads[11] = output_parameter_gradients(
-        gradient, None if hidden is None else hidden[:, : w_down.shape[1]], w_down, b_down, layer_scale, needs_out
+        on, gradient, None if hidden is None else hidden[:, : w_down.shape[1]], w_down, b_down, layer_scale, needs_out
     )
-    hidden_weight_gradients(dkept, normed, dw_gate, dw_up, packed=packed)
+    hidden_weight_gradients(on, dkept, normed, dw_gate, dw_up, packed=packed)
     residual = dout2 if add_x else None
     if not pre_norm and dx is not None:
-        hidden_input_gradient(dkept, w_gate, w_up, add=residual, out=view_2d(dx))
+        hidden_input_gradient(on, dkept, w_gate, w_up, add=residual, out=view_2d(dx))
     elif dx is not None or dpre_weight is not None or dpre_bias is not None:
-        dnormed = hidden_input_gradient(dkept, w_gate, w_up)
-        norm_backward(dnormed, x2, pre_mean, pre_rstd, pre_weight, None if dx is None else view_2d(dx),
+        dnormed = hidden_input_gradient(on, dkept, w_gate, w_up)
+        on.norm_backward(dnormed, x2, pre_mean, pre_rstd, pre_weight, None if dx is None else view_2d(dx),
                       dresidual=residual, dweight=dpre_weight, dbias=dpre_bias)  # fmt: skip
     return present(grads)

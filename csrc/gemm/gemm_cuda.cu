@@ -1,0 +1,57 @@
+// project: out = residual + row_scale * layer_scale * (A B + bias), and every plain product of the operators' backward
+// Fused     bias, layer scale, drop path, residual (eager: 4 kernels after the product)
+// Bytes     A and B once for each tile row or column that they meet, from L2 where tiles are neighbours; residual and
+//           out once
+// Launch    product.cuh: tiles of 128 x 128, or 64 x 64 where these are too few for the device
+// Numerics  float32 sums in a fixed order, float32 epilogue, one rounding; float32 operands in three parts of tf32, or
+//           one where allowed
+// Limits    A (rows, K) with B (N, K) or (K, N), A (K, rows) with B (K, N); rows aligned to 16 bytes are copied
+//           asynchronously, others element by element
+// Source    original; multistage tiles as in NVIDIA's CUTLASS documentation
+#include "gemm/product.cuh"
+
+namespace eva02::cuda {
+namespace {
+
+template <class T>
+struct Project {
+  using Params = ProjectParams;
+  static constexpr bool kDual = false, kSums = false;
+  const Params& p;
+  int column, n;
+  float bias[kColumns], scale[kColumns];
+
+  __device__ Project(const Params& p, int column, int n) : p(p), column(column), n(n) {
+    load_columns(p.bias, column, n, 0.f, bias);
+    load_columns(p.layer_scale, column, n, 1.f, scale);
+  }
+  __device__ void operator()(int row, float (&y)[kColumns], float (&)[kColumns]) const {
+    const float row_scale = p.row_scale == nullptr ? 1.f : p.row_scale[row / p.rows_per_sample];
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) y[i] = (y[i] + bias[i]) * (scale[i] * row_scale);
+    if (p.residual != nullptr) {
+      float residual[kColumns];
+      load_columns(static_cast<const T*>(p.residual) + row * p.residual_stride + column, n, residual);
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) y[i] += residual[i];
+    }
+    const int64_t at = row * p.out_stride + column;
+    if (p.out_float32)
+      store_columns(static_cast<float*>(p.out) + at, n, y);
+    else
+      store_columns(static_cast<T*>(p.out) + at, n, y);
+  }
+};
+
+}  // namespace
+
+const char* run_project(const ProjectParams& p, const Device& device) {
+  return by_dtype(p.product.dtype, [&]<class T>() {
+    if (p.product.a.k_contiguous && p.product.b.k_contiguous)
+      return run_product<T, true, true, Project>(p, nullptr, device);
+    if (p.product.a.k_contiguous) return run_product<T, true, false, Project>(p, nullptr, device);
+    return run_product<T, false, false, Project>(p, nullptr, device);
+  });
+}
+
+}  // namespace eva02::cuda

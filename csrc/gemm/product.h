@@ -1,0 +1,103 @@
+// Matrix products of the CUDA operators, with what surrounds them in their epilogue: raw pointers only. The CPU's are
+// gemm.h's.
+#pragma once
+
+#include "common/param.h"
+#include "common/rope_table.h"
+
+namespace eva02 {
+
+// An operand's outer index (a row of A, a column of B) and k: element (i, k) is at i * stride + k where k is
+// contiguous, else at k * stride + i.
+struct Operand {
+  const void* data = nullptr;
+  int64_t stride = 0;
+  bool k_contiguous = true;
+};
+
+// A rows x K times B K x N, or what another library has made of it: then the epilogue alone is left.
+struct Product {
+  DType dtype;                   // of operands and of every activation
+  bool tf32;                     // float32 operands may be rounded to tf32
+  Operand a, b, b2;              // b2: a second product with A, where there is one
+  const void *values, *values2;  // (rows, N): the products, where they are known
+  int64_t values_stride;
+  int64_t rows, N, K;
+};
+
+// out = residual + row_scale[row / rows_per_sample] * layer_scale * (y + bias)
+struct ProjectParams {
+  Product product;
+  Param bias, layer_scale;
+  const float* row_scale;  // nullptr: 1
+  int64_t rows_per_sample;
+  const void* residual;
+  void* out;
+  bool out_float32;  // beside 16-bit operands
+  int64_t residual_stride, out_stride;
+};
+
+// gate = y + gate_bias, up = y2 + up_bias, hidden = silu(gate) * up; without a second product hidden = gelu(gate).
+// Outputs have rows padded to 8 columns, the padding becomes zero.
+struct ActivateParams {
+  Product product;
+  Param gate_bias, up_bias;
+  void *gate, *up, *hidden;  // any may be nullptr
+  int64_t gate_stride, hidden_stride;
+};
+
+// For y, the gradient of hidden as ActivateParams has it: dgate, dup (without up: of a GELU) and hidden again; rows are
+// padded likewise.
+struct HiddenGradientParams {
+  Product product;
+  const void *gate, *up;
+  void *dgate, *dup, *hidden;    // hidden may be nullptr
+  ParamGrad gate_sums, up_sums;  // of the columns of dgate and dup
+  int64_t gate_stride, dgate_stride, hidden_stride;
+};
+
+// out = y + bias with its first `rotated` columns, heads from first_head on, rotated (interleaved pairs).
+struct ProjectRopeParams {
+  Product product;
+  Param bias;
+  RopeTable rope;
+  void* out;
+  int64_t out_stride;
+  int64_t seq_len, first_head, heads;  // tokens of a sample; columns begin at first_head; heads of q, then those of k
+  int64_t rotated;
+};
+
+// row_scaled = row_scale * x, scaled = layer_scale * row_scale * x, sums = column sums of row_scale * x.
+struct ScaleAndSumParams {
+  DType dtype;
+  const void* x;
+  Param layer_scale;
+  const float* row_scale;
+  int64_t rows_per_sample;
+  void *scaled, *row_scaled;  // either may be nullptr
+  ParamGrad sums;
+  int64_t rows, N;
+  int64_t x_stride, scaled_stride, row_scaled_stride;
+};
+
+// For y = layer_scale * (a W^T + b), from product = G, the gradient of W without the layer scale, and sums, that of b:
+// dweight = layer_scale * G, dbias = layer_scale * sums, dlayer_scale = row sums of W G, plus b * sums.
+struct LayerScaleGradientParams {
+  DType dtype;
+  const float *product, *sums;  // either may be nullptr
+  const void* weight;
+  Param bias, layer_scale;
+  void* dweight;
+  ParamGrad dbias, dlayer_scale;
+  int64_t N, K;
+  int64_t weight_stride;
+};
+
+}  // namespace eva02
+
+EVA02_LAUNCHER(run_project, ProjectParams)
+EVA02_LAUNCHER(run_activate, ActivateParams)
+EVA02_LAUNCHER(run_hidden_gradient, HiddenGradientParams)
+EVA02_LAUNCHER(run_project_rope, ProjectRopeParams)
+EVA02_LAUNCHER(run_scale_and_sum, ScaleAndSumParams)
+EVA02_LAUNCHER(run_layer_scale_gradient, LayerScaleGradientParams)

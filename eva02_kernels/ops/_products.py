@@ -1,0 +1,360 @@
+"""Steps of linear, gelu_mlp, swiglu_mlp and qkv_rope on a GPU, over the kernels of a backend.
+
+The kernels are those of a module, ``_triton_gemm`` or ``_cuda_gemm``: :class:`Kernels` says what it has. Two routes
+(``Kernels.fused``): products with everything around them in their epilogue, or torch.mm (cuBLAS) for the products and
+one kernel over rows for what is around them.
+Hidden tensors have rows padded to 16 bytes (``padded``); their padding is zero, as is that of weights which meet it, so
+that products run over the padded width with aligned rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from eva02_kernels.ops._common import empty_stats, padded
+
+
+class Kernels(Protocol):
+    """Kernels on rows: activations are (rows, N) with a contiguous last dim and any row stride, outputs come first to
+    last as arguments, what is None is not read or not written."""
+
+    @staticmethod
+    def fused(t: Tensor) -> bool:
+        """Whether products of t are this backend's, with everything around them in their epilogue."""
+
+    @staticmethod
+    def multiply(a: Tensor, b: Tensor, out: Tensor, add: Tensor | None = None) -> Tensor:
+        """out = a b [+ a bias (N,) or a matrix]; a and b with rows or columns contiguous."""
+
+    @staticmethod
+    def multiply_float32(a: Tensor, b: Tensor) -> Tensor:
+        """a b in float32, of 16-bit operands too."""
+
+    @staticmethod
+    def project(
+        a: Tensor, weight: Tensor, bias: Tensor | None, layer_scale: Tensor | None, row_scale: Tensor | None,
+        residual: Tensor | None, out: Tensor,
+    ) -> None:  # fmt: skip
+        """out = residual + row_scale * layer_scale * (a weight^T + bias)."""
+
+    @staticmethod
+    def finish(
+        y: Tensor, bias: Tensor | None, layer_scale: Tensor | None, row_scale: Tensor | None,
+        residual: Tensor | None, out: Tensor,
+    ) -> None:  # fmt: skip
+        """The same from y = a weight^T."""
+
+    @staticmethod
+    def activate(
+        a: Tensor, w_gate: Tensor, w_up: Tensor | None, b_gate: Tensor | None, b_up: Tensor | None,
+        kept: Tensor | None, hidden: Tensor | None,
+    ) -> None:  # fmt: skip
+        """kept (rows, 2, Fp) = gate and up, hidden (rows, Fp) = silu(gate) * up; without w_up kept (rows, 1, Fp) =
+        gate and hidden = gelu(gate)."""
+
+    @staticmethod
+    def activate_rows(kept: Tensor, hidden: Tensor, width: int) -> None:
+        """hidden from kept, of ``width`` columns without the padding."""
+
+    @staticmethod
+    def hidden_gradient(
+        dy: Tensor, w_down: Tensor, kept: Tensor, dkept: Tensor, hidden: Tensor | None, grads: Sequence[Tensor | None]
+    ) -> None:
+        """dkept like kept for dhidden = dy w_down, hidden again, and the gradients of the biases of gate and up."""
+
+    @staticmethod
+    def hidden_gradient_rows(dhidden: Tensor, kept: Tensor, dkept: Tensor, hidden: Tensor | None, width: int) -> None:
+        """The same from dhidden (rows, Fp), without the biases."""
+
+    @staticmethod
+    def project_rope(
+        a: Tensor, weight: Tensor, bias: Tensor | None, rope: Any, tokens: int, first_head: int, heads: int,
+        kv_heads: int, head_dim: int, out: Tensor,
+    ) -> None:  # fmt: skip
+        """out = a weight^T + bias, heads of q and k rotated; columns are heads from first_head on, interleaved."""
+
+    @staticmethod
+    def scale_and_sum(
+        x: Tensor, *, layer_scale: Tensor | None = None, row_scale: Tensor | None = None, scaled: Tensor | None = None,
+        row_scaled: Tensor | None = None, sums: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """row_scaled = row_scale x, scaled = layer_scale row_scale x, sums (N,) = column sums of row_scale x."""
+
+    @staticmethod
+    def layer_scale_gradient(
+        product: Tensor | None, weight: Tensor, bias: Tensor | None, layer_scale: Tensor, sums: Tensor | None,
+        dweight: Tensor | None, dbias: Tensor | None, dscale: Tensor | None,
+    ) -> None:  # fmt: skip
+        """See :func:`output_parameter_gradients`; product float32 (N, K), sums float32 (N,)."""
+
+    @staticmethod
+    def normalise(
+        x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out: Tensor, mean: Tensor, rstd: Tensor
+    ) -> None:
+        """LayerNorm of rows and its statistics."""
+
+    @staticmethod
+    def norm_backward(
+        dnormed: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, dx: Tensor | None,
+        *, dresidual: Tensor | None = None, dweight: Tensor | None = None, dbias: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Its gradients; dresidual is added to dx."""
+
+    @staticmethod
+    def subln_forward(
+        gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor, mean: Tensor, rstd: Tensor,
+        *, cols: int,
+    ) -> None:  # fmt: skip
+        """subln_swiglu of rows padded to ``cols`` columns."""
+
+    @staticmethod
+    def subln_backward(
+        dout: Tensor, gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor, rstd: Tensor,
+        dgate: Tensor, dup: Tensor, needs: Sequence[bool], *, cols: int,
+    ) -> list[Tensor]:  # fmt: skip
+        """Its gradients; returns those of weight and bias that are needed."""
+
+    @staticmethod
+    def rotate(x: Tensor, rope: Sequence[Any], *, inverse: bool, out: Tensor | None = None) -> Tensor:
+        """x (B, S, H, D) rotated, or rotated back."""
+
+    @staticmethod
+    def table_gradients(dout: Tensor, x: Tensor, rope: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        """Gradients of a dense table's cosines and sines."""
+
+
+# ---- operands --------------------------------------------------------------------------------------------------------
+def padded_columns(weight: Tensor) -> Tensor:
+    """weight (N, F) with rows of 16 bytes' multiples: a copy with zeros behind each row, or itself."""
+    width = weight.shape[1]
+    if padded(width) == width:
+        return weight
+    return torch.nn.functional.pad(weight, (0, padded(width) - width))
+
+
+def stacked(parts: Sequence[Tensor | None], like: Tensor, width: int) -> Tensor:
+    """Rows (or elements) of the parts, each with zeros behind up to ``width``: itself where one part needs none."""
+    only = parts[0]
+    if len(parts) == 1 and only is not None and only.shape[0] == width and only.dtype == like.dtype:
+        return only
+    shape = (len(parts), width, *like.shape[1:])
+    out = torch.zeros(shape, dtype=like.dtype, device=like.device)
+    for place, part in zip(out, parts, strict=True):
+        if part is not None:
+            place[: part.shape[0]] = part
+    return out.view(-1, *like.shape[1:])
+
+
+def gate_and_up(kept: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    if kept is None:
+        return None, None
+    return kept[:, 0], kept[:, 1] if kept.shape[1] == 2 else None
+
+
+def _parts(gate: Tensor | None, up: Tensor | None, w_up: Tensor | None, halves: int) -> list[Tensor | None]:
+    """The parts of a hidden weight or bias; a packed one is split only where its halves are padded."""
+    if w_up is not None or halves == 1:
+        return [gate, up][:halves]
+    assert gate is not None
+    width = gate.shape[0] // 2
+    return [gate[:width], gate[width:]]
+
+
+def _stack_hidden(w_gate: Tensor, w_up: Tensor | None, halves: int) -> Tensor:
+    """(halves * Fp, K) weights of gate and up with zero rows as padding; a packed weight that needs none is itself."""
+    if w_up is None and w_gate.shape[0] == halves * padded(w_gate.shape[0] // halves):
+        return w_gate
+    parts = _parts(w_gate, w_up, w_up, halves)
+    assert parts[0] is not None
+    return stacked(parts, w_gate, padded(parts[0].shape[0]))
+
+
+# ---- products by torch ---------------------------------------------------------------------------------------------
+def by_torch(a: Tensor, b: Tensor, out: Tensor, add: Tensor | None = None) -> Tensor:
+    """out = a b [+ a bias (N,) or a matrix]: cuBLAS, rounded once."""
+    if add is None:
+        return torch.mm(a, b, out=out)
+    return torch.addmm(add.to(a.dtype), a, b, out=out)
+
+
+def by_torch_float32(a: Tensor, b: Tensor) -> Tensor:
+    """a b in float32, of 16-bit operands too."""
+    if a.is_cuda and a.dtype != torch.float32 and torch.version.hip is None:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    out = torch.empty(a.shape[0], b.shape[1], dtype=torch.float32, device=a.device)
+    return torch.mm(a.float(), b.float(), out=out)
+
+
+# ---- forward ---------------------------------------------------------------------------------------------------------
+def project(
+    on: Kernels, a: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, layer_scale: Tensor | None = None,
+    row_scale: Tensor | None = None, residual: Tensor | None = None,
+) -> None:  # fmt: skip
+    """out = residual + row_scale * layer_scale * (a weight^T + bias), rows with any stride."""
+    if not a.shape[0] or not weight.shape[0]:
+        return
+    if on.fused(a):
+        on.project(a, weight, bias, layer_scale, row_scale, residual, out)
+    elif layer_scale is None and row_scale is None and residual is None:
+        on.multiply(a, weight.t(), out, bias)
+    else:
+        y = on.multiply(a, weight.t(), torch.empty(out.shape, dtype=out.dtype, device=out.device))
+        on.finish(y, bias, layer_scale, row_scale, residual, out)
+
+
+def activate(
+    on: Kernels, a: Tensor, w_gate: Tensor, b_gate: Tensor | None, w_up: Tensor | None, b_up: Tensor | None, *,
+    kept: Tensor | None, hidden: Tensor | None, gelu: bool = False,
+) -> None:  # fmt: skip
+    """kept (rows, 2, Fp) = gate and up, hidden (rows, Fp) = silu(gate) * up; with ``gelu`` kept (rows, 1, Fp) = gate
+    and hidden = gelu(gate). Without w_up, w_gate is packed (or the only one). Either output may be None."""
+    rows, halves = a.shape[0], 1 if gelu else 2
+    width = w_gate.shape[0] // (halves if w_up is None else 1)
+    cols = padded(width)
+    if not rows or not width:
+        return
+    if on.fused(a):
+        if not gelu and w_up is None:
+            w_gate, w_up = w_gate[:width], w_gate[width:]
+            b_gate, b_up = (None, None) if b_gate is None else (b_gate[:width], b_gate[width:])
+        elif w_up is not None and w_up.stride(0) != w_gate.stride(0):
+            w_gate, w_up = w_gate.contiguous(), w_up.contiguous()
+        on.activate(a, w_gate, w_up, b_gate, b_up, kept, hidden)
+        return
+    if kept is None:
+        kept = torch.empty(rows, halves, cols, dtype=a.dtype, device=a.device)
+    weight, bias = _stack_hidden(w_gate, w_up, halves), None
+    if b_gate is not None or b_up is not None:
+        bias = stacked(_parts(b_gate, b_up, w_up, halves), weight[:, 0], cols)
+    on.multiply(a, weight.t(), kept.view(rows, -1), bias)
+    if hidden is not None:
+        on.activate_rows(kept, hidden, width)
+
+
+def normed_input(
+    on: Kernels, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, pre_norm: bool, *,
+    statistics: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:  # fmt: skip
+    """LayerNorm of rows x where there is one before the projection; it is not kept, backward computes it again.
+
+    ``statistics``: where mean and rstd go, if they are wanted.
+    """
+    if not pre_norm:
+        return x
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    mean, rstd = statistics or (empty_stats(x, x.shape[0]), empty_stats(x, x.shape[0]))
+    on.normalise(x, weight, bias, eps, out, mean, rstd)
+    return out
+
+
+# ---- gradients of hidden layers ----------------------------------------------------------------------------------
+def hidden_gradient(
+    on: Kernels, dy: Tensor, w_down: Tensor, kept: Tensor, dkept: Tensor, hidden: Tensor | None,
+    db_gate: Tensor | None, db_up: Tensor | None,
+) -> None:  # fmt: skip
+    """dkept like kept = gradients of gate and up (or of gate before a GELU) for dy of the output, ``hidden`` (where
+    wanted) the activation again, and the gradients (F,) of the biases, where wanted."""
+    rows, grads = dy.shape[0], (db_gate, db_up)
+    if on.fused(dy) and rows:
+        on.hidden_gradient(dy, w_down, kept, dkept, hidden, grads)
+        return
+    if rows:
+        dhidden = torch.empty(rows, kept.shape[2], dtype=dy.dtype, device=dy.device)
+        on.multiply(dy, padded_columns(w_down), dhidden)
+        on.hidden_gradient_rows(dhidden, kept, dkept, hidden, w_down.shape[1])
+    hidden_bias_gradients(on, dkept, grads)
+
+
+def hidden_bias_gradients(on: Kernels, dkept: Tensor, grads: Sequence[Tensor | None]) -> None:
+    for d, grad in zip(gate_and_up(dkept), grads, strict=True):
+        if grad is not None and d is not None:
+            on.scale_and_sum(d[:, : grad.shape[0]], sums=grad)
+
+
+def hidden_input_gradient(
+    on: Kernels, dkept: Tensor, w_gate: Tensor, w_up: Tensor | None, *, add: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """dgate w_gate + dup w_up [+ add] as one product over both, in the dtype of the activations."""
+    rows, halves, cols = dkept.shape
+    out = torch.empty(rows, w_gate.shape[1], dtype=dkept.dtype, device=dkept.device) if out is None else out
+    return on.multiply(dkept.view(rows, halves * cols), _stack_hidden(w_gate, w_up, halves), out, add)
+
+
+def hidden_weight_gradients(
+    on: Kernels, dkept: Tensor, a: Tensor, dw_gate: Tensor | None, dw_up: Tensor | None, *, packed: bool = False
+) -> None:
+    """dw_gate = dgate^T a and dw_up = dup^T a, where wanted; a packed dw_gate is of both."""
+    rows, halves, cols = dkept.shape
+    if packed and dw_gate is not None:
+        if dw_gate.shape[0] == halves * cols:
+            on.multiply(dkept.view(rows, halves * cols).t(), a, dw_gate)
+            return
+        dw_gate, dw_up = dw_gate.chunk(2)
+    for d, grad in zip(gate_and_up(dkept), (dw_gate, dw_up), strict=True):
+        if grad is not None and d is not None:
+            on.multiply(d[:, : grad.shape[0]].t(), a, grad)
+
+
+# ---- gradients of an output projection -------------------------------------------------------------------------------
+class OutputGradient(NamedTuple):
+    """dy, the gradient of a product a W^T + b; that without the layer scale; the column sums of the latter."""
+
+    dy: Tensor
+    unscaled: Tensor
+    sums: Tensor | None
+
+
+def output_gradient(
+    on: Kernels, dout: Tensor, bias: Tensor | None, layer_scale: Tensor | None, row_scale: Tensor | None,
+    needs: Sequence[bool],
+) -> OutputGradient:  # fmt: skip
+    """What the gradients of row_scale * layer_scale * (a W^T + b) start from; ``needs`` for W, b and layer_scale."""
+    needs_weight, needs_bias, needs_scale = needs
+    dy = unscaled = dout
+    scaled = row_scaled = sums = None
+    if row_scale is not None and (layer_scale is None or needs_weight or needs_scale):
+        unscaled = row_scaled = torch.empty(dout.shape, dtype=dout.dtype, device=dout.device)
+        dy = unscaled
+    if layer_scale is not None:
+        dy = scaled = torch.empty(dout.shape, dtype=dout.dtype, device=dout.device)
+    if bias is not None and (needs_bias or needs_scale):
+        dtype = bias.dtype if layer_scale is None else torch.float32
+        sums = torch.empty(bias.shape, dtype=dtype, device=dout.device)
+    if scaled is not None or row_scaled is not None or sums is not None:
+        on.scale_and_sum(
+            dout, layer_scale=layer_scale, row_scale=row_scale, scaled=scaled, row_scaled=row_scaled, sums=sums
+        )
+    return OutputGradient(dy, unscaled, sums)
+
+
+def output_parameter_gradients(
+    on: Kernels, gradient: OutputGradient, a: Tensor | None, weight: Tensor, bias: Tensor | None,
+    layer_scale: Tensor | None, needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients of weight, bias and layer_scale; ``a``, the product's left operand, is for those of the first and last.
+
+    With G = (row_scale dout)^T a, the weight's is layer_scale G, and the layer scale's is the row sums of W G, plus b
+    times the column sums of row_scale dout: y is not computed again.
+    """
+    needs_weight, needs_bias, needs_scale = needs
+    device = weight.device
+    dweight = torch.empty(weight.shape, dtype=weight.dtype, device=device) if needs_weight else None
+    if layer_scale is None:
+        if dweight is not None:
+            assert a is not None
+            on.multiply(gradient.dy.t(), a, dweight)
+        return dweight, gradient.sums if needs_bias else None, None
+    dbias = torch.empty(bias.shape, dtype=bias.dtype, device=device) if needs_bias and bias is not None else None
+    dscale = torch.empty(layer_scale.shape, dtype=layer_scale.dtype, device=device) if needs_scale else None
+    product = None
+    if needs_weight or needs_scale:
+        assert a is not None
+        product = on.multiply_float32(gradient.unscaled.t(), a)
+    if weight.shape[0] and (product is not None or dbias is not None):
+        on.layer_scale_gradient(product, weight, bias, layer_scale, gradient.sums, dweight, dbias, dscale)
+    return dweight, dbias, dscale
