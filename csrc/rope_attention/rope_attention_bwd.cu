@@ -47,9 +47,33 @@ __device__ float row_delta(const T* dout, const T* out) {
   return sum + __shfl_xor_sync(0xffffffffu, sum, 16);
 }
 
+// What the kernels leave for those after them: float32 memory.
+struct Workspace {
+  float* delta;                // as lse
+  HeadTensor rotated[2] = {};  // dense tables with a gradient: dq and dk before they are un-rotated, pairs adjacent
+};
+
+// A warp's rows of dq or dk, from sums that lack the scale.
+template <class T, int kDim>
+__device__ void store_gradient(float (&acc)[kDim / 8][4], void* memory, const RopeAttentionParams& p,
+                               const HeadTensor& gradient, const HeadTensor& rotated, const Place& place, int first_row,
+                               const Rotation& rotation, const RopeLine* lines) {
+  const int warp = threadIdx.x / 32, D = static_cast<int>(p.D);
+  float* staging = static_cast<float*>(memory) + warp * kWarpRows * kStagingPitch<kDim>;
+#pragma unroll
+  for (int n = 0; n < kDim / 8; ++n)
+#pragma unroll
+    for (int r = 0; r < 4; ++r) acc[n][r] *= p.scale;
+  if (rotated.data != nullptr)
+    store_rows<float, kDim>(acc, staging, HeadRows<float>(rotated, place, place.head), first_row, place.length, D);
+  if (gradient.data != nullptr)
+    store_rows<T, kDim>(acc, staging, HeadRows<T>(gradient, place, place.head), first_row, place.length, D, &rotation,
+                        lines + warp * kWarpRows);
+}
+
 template <class T, bool kTf32, int kDim>
 __global__ void __launch_bounds__(Shape<T, kDim>::kMaxWarps * 32, 1)
-    dq_kernel(const __grid_constant__ RopeAttentionParams p, int blocks, float* delta_data) {
+    dq_kernel(const __grid_constant__ RopeAttentionParams p, int blocks, Workspace to) {
   using S = Shape<T, kDim>;
   extern __shared__ __align__(16) unsigned char memory[];
   __shared__ RopeLine q_lines[S::kMaxWarps * kWarpRows], k_lines[2][S::kColumns];
@@ -63,13 +87,14 @@ __global__ void __launch_bounds__(Shape<T, kDim>::kMaxWarps * 32, 1)
   T* const q_tile = reinterpret_cast<T*>(memory);
   T* const dout_tile = q_tile + S::row_tile(blockDim.x / 32);
   T* const stages = dout_tile + S::row_tile(blockDim.x / 32);
+  const int rows = place.rows(), end = p.causal ? min(length, place.start + rows) : length;
+  const auto keys_of = [&](int i) { return part_rows<S::kColumns>(end - i * S::kColumns); };
   const auto load = [&](int i, int stage) {
-    T* to = stages + stage * 2 * S::kTile;
-    load_tile<T, kDim>(to, S::kColumns, k, i * S::kColumns, length, D, split);
-    load_tile<T, kDim>(to + S::kTile, S::kColumns, v, i * S::kColumns, length, D, false);
+    T* tiles = stages + stage * 2 * S::kTile;
+    load_tile<T, kDim>(tiles, keys_of(i), k, i * S::kColumns, length, D, split);
+    load_tile<T, kDim>(tiles + S::kTile, keys_of(i), v, i * S::kColumns, length, D, false);
   };
-  const int rows = place.rows(), warp_rows = warp * kWarpRows * kPitch<T, kDim>;
-  const int first_row = place.start + warp * kWarpRows;
+  const int warp_rows = warp * kWarpRows * kPitch<T, kDim>, first_row = place.start + warp * kWarpRows;
 
   // out passes through the memory of q, for delta alone.
   load_tile<T, kDim>(dout_tile, rows, HeadRows<T>(p.dout, place, place.head), place.start, length, D, false);
@@ -81,7 +106,7 @@ __global__ void __launch_bounds__(Shape<T, kDim>::kMaxWarps * 32, 1)
   __syncthreads();
   const float warp_delta = row_delta<T, kDim>(dout_tile + warp_rows, q_tile + warp_rows);
   if (lane < kWarpRows && first_row + lane < length)
-    place.statistic(delta_data, p, place.head)[first_row + lane] = warp_delta;
+    place.statistic(to.delta, p, place.head)[first_row + lane] = warp_delta;
   __syncthreads();
   load_tile<T, kDim>(q_tile, rows, q, place.start, length, D, split);
   copy_async_commit();
@@ -101,9 +126,8 @@ __global__ void __launch_bounds__(Shape<T, kDim>::kMaxWarps * 32, 1)
   const Operand<T, kDim, S::kHalf> queries(q_tile + warp_rows), douts(dout_tile + warp_rows);
   const float scale2 = p.scale * kLog2e;
   float acc[kDim / 8][4] = {};
-  const int end = p.causal ? min(length, place.start + rows) : length;
   const auto arrive = [&](int i, int stage) {
-    rotate_tile<T, kDim>(stages + stage * 2 * S::kTile, S::kColumns, k_lines[stage], k_rotation, D);
+    rotate_tile<T, kDim>(stages + stage * 2 * S::kTile, keys_of(i), k_lines[stage], k_rotation, D);
     k_rotation.lines(k_lines[1 - stage], S::kColumns, (i + 1) * S::kColumns, length);
   };
   const auto use = [&](int i, int stage) {
@@ -123,20 +147,13 @@ __global__ void __launch_bounds__(Shape<T, kDim>::kMaxWarps * 32, 1)
   };
   pipeline(ceil_div(end, S::kColumns), load, arrive, use);
 
-  if (p.dq.data == nullptr) return;
-#pragma unroll
-  for (int n = 0; n < kDim / 8; ++n)
-#pragma unroll
-    for (int r = 0; r < 4; ++r) acc[n][r] *= p.scale;
   __syncthreads();
-  store_rows<T, kDim>(acc, reinterpret_cast<float*>(memory) + warp * kWarpRows * kStagingPitch<kDim>,
-                      HeadRows<T>(p.dq, place, place.head), first_row, length, D, &q_rotation,
-                      q_lines + warp * kWarpRows);
+  store_gradient<T, kDim>(acc, memory, p, p.dq, to.rotated[0], place, first_row, q_rotation, q_lines);
 }
 
 template <class T, bool kTf32, int kDim>
 __global__ void __launch_bounds__(Shape<T, kDim>::kMaxWarps * 32, 1)
-    dkdv_kernel(const __grid_constant__ RopeAttentionParams p, int blocks, const float* delta_data) {
+    dkdv_kernel(const __grid_constant__ RopeAttentionParams p, int blocks, Workspace from) {
   using S = Shape<T, kDim>;
   extern __shared__ __align__(16) unsigned char memory[];
   __shared__ RopeLine k_lines[S::kMaxWarps * kWarpRows], q_lines[2][S::kColumns];
@@ -158,16 +175,17 @@ __global__ void __launch_bounds__(Shape<T, kDim>::kMaxWarps * 32, 1)
   const int per_head = ceil_div(length - begin, S::kColumns), count = group * per_head;
   const auto head_of = [&](int i) { return place.head * group + i / per_head; };
   const auto start_of = [&](int i) { return begin + i % per_head * S::kColumns; };
+  const auto queries_of = [&](int i) { return part_rows<S::kColumns>(length - start_of(i)); };
   const auto lines = [&](int i, int stage) {
     Rotation(p.rope, place.sequence, head_of(i)).lines(q_lines[stage], S::kColumns, start_of(i), length);
   };
   const auto load = [&](int i, int stage) {
-    T* to = stages + stage * 2 * S::kTile;
+    T* tiles = stages + stage * 2 * S::kTile;
     const int head = head_of(i), start = start_of(i);
-    load_tile<T, kDim>(to, S::kColumns, HeadRows<T>(p.q, place, head), start, length, D, split);
-    load_tile<T, kDim>(to + S::kTile, S::kColumns, HeadRows<T>(p.dout, place, head), start, length, D, false);
+    load_tile<T, kDim>(tiles, queries_of(i), HeadRows<T>(p.q, place, head), start, length, D, split);
+    load_tile<T, kDim>(tiles + S::kTile, queries_of(i), HeadRows<T>(p.dout, place, head), start, length, D, false);
     const float* lse = place.statistic(p.lse, p, head) + start;
-    const float* delta = place.statistic(const_cast<float*>(delta_data), p, head) + start;
+    const float* delta = place.statistic(from.delta, p, head) + start;
     for (int column = threadIdx.x; column < S::kColumns; column += blockDim.x) {
       const bool there = start + column < length;
       copy_async_4(&lse2s[stage][column], lse + (there ? column : 0), there);
@@ -204,7 +222,7 @@ __global__ void __launch_bounds__(Shape<T, kDim>::kMaxWarps * 32, 1)
     for (int column = threadIdx.x; column < S::kColumns; column += blockDim.x)
       lse2s[stage][column] = lse2_of(lse2s[stage][column]);
     const Rotation rotation(p.rope, place.sequence, head_of(i));
-    rotate_tile<T, kDim>(stages + stage * 2 * S::kTile, S::kColumns, q_lines[stage], rotation, D);
+    rotate_tile<T, kDim>(stages + stage * 2 * S::kTile, queries_of(i), q_lines[stage], rotation, D);
     if (i + 1 < count) lines(i + 1, 1 - stage);
   };
   const auto use = [&](int i, int stage) {
@@ -224,7 +242,7 @@ __global__ void __launch_bounds__(Shape<T, kDim>::kMaxWarps * 32, 1)
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
           const bool allowed = counts[r / 2] && !(p.causal && row + r / 2 * 8 > column + n * 8 + r % 2);
-          s[n][r] = allowed ? exp2_fast(s[n][r] * scale2 - l[r % 2]) : 0.f;
+          s[n][r] = allowed ? exp2_fast(fmaf(s[n][r], scale2, -l[r % 2])) : 0.f;
         }
       }
       add_tile_by_rows<T, kTf32, kDim, kColumns>(dv, s, douts);
@@ -245,30 +263,83 @@ __global__ void __launch_bounds__(Shape<T, kDim>::kMaxWarps * 32, 1)
   float* staging = reinterpret_cast<float*>(memory) + warp * kWarpRows * kStagingPitch<kDim>;
   if (p.dv.data != nullptr)
     store_rows<T, kDim>(dv, staging, HeadRows<T>(p.dv, place, place.head), first_row, length, D);
-  if (p.dk.data == nullptr) return;
-#pragma unroll
-  for (int n = 0; n < kDim / 8; ++n)
-#pragma unroll
-    for (int r = 0; r < 4; ++r) dk[n][r] *= p.scale;
-  store_rows<T, kDim>(dk, staging, HeadRows<T>(p.dk, place, place.head), first_row, length, D, &k_rotation,
-                      k_lines + warp * kWarpRows);
+  store_gradient<T, kDim>(dk, memory, p, p.dk, from.rotated[1], place, first_row, k_rotation, k_lines);
+}
+
+// A thread's pair of one patch of a table: the sum over all tokens that are the patch, and over heads, of q and of k.
+template <class T>
+__global__ void table_kernel(const __grid_constant__ RopeAttentionParams p, Workspace from) {
+  const RopeTable& rope = p.rope;
+  const int patch = static_cast<int>(blockIdx.x), table = static_cast<int>(blockIdx.y), pair = threadIdx.x;
+  const int half = static_cast<int>(p.D) / 2;
+  if (pair >= half) return;
+  const int first = rope.interleaved ? 2 * pair : pair, second = rope.interleaved ? first + 1 : first + half;
+  const bool per_head = rope.form == RopeForm::dense_head, per_sequence = rope.form == RopeForm::dense_batch;
+  float dcos = 0.f, dsin = 0.f;
+  const auto add_heads = [&](const HeadTensor& x, const HeadTensor& gradient, const Place& place, int token,
+                             int64_t heads) {
+    for (int head = per_head ? table : 0; head < (per_head ? table + 1 : heads); ++head) {
+      const T* value = HeadRows<const T>(x, place, head).row(token);
+      const float* d = HeadRows<const float>(gradient, place, head).row(token);
+      const float xa = to_float(value[first]), xb = to_float(value[second]), da = d[2 * pair], db = d[2 * pair + 1];
+      dcos += xa * da + xb * db;
+      dsin += xa * db - xb * da;
+    }
+  };
+  for (int sequence = per_sequence ? table : 0; sequence < (per_sequence ? table + 1 : p.B); ++sequence) {
+    const Place place(p, sequence);
+    // Without keep_idx a patch is one token; with it, any that names the patch.
+    const int begin = static_cast<int>(rope.num_prefix) + (rope.keep_idx == nullptr ? patch : 0);
+    const int end = rope.keep_idx == nullptr ? min(begin + 1, place.length) : place.length;
+    for (int token = begin; token < end; ++token) {
+      if (rope_patch(rope, sequence, token) != patch) continue;
+      add_heads(p.q, from.rotated[0], place, token, p.H);
+      add_heads(p.k, from.rotated[1], place, token, p.Hkv);
+    }
+  }
+  const int64_t at = table * rope.table_stride + static_cast<int64_t>(patch) * half + pair;
+  p.dcos[at] = dcos;
+  p.dsin[at] = dsin;
+}
+
+const char* table_gradients(const RopeAttentionParams& p, const Workspace& from, const Device& device) {
+  const int64_t tables = p.rope.form == RopeForm::dense_head ? p.H : p.rope.form == RopeForm::dense_batch ? p.B : 1;
+  if (p.rope.rows * tables == 0) return nullptr;
+  const dim3 grid(static_cast<unsigned>(p.rope.rows), static_cast<unsigned>(tables));
+  return by_dtype(p.dtype, [&]<class T>() {
+    table_kernel<T><<<grid, 64, 0, stream_of(device)>>>(p, from);
+    return launch_error();
+  });
+}
+
+// (B, S, H, D) or packed (S, H, D), contiguous.
+HeadTensor rotated_workspace(const RopeAttentionParams& p, int64_t heads, const Device& device) {
+  const bool packed = p.cu_seqlens != nullptr;
+  const int64_t sample = p.S * heads * p.D;
+  return {workspace(device, packed ? sample : p.B * sample), packed ? 0 : sample, heads * p.D, p.D};
 }
 
 }  // namespace
 
 const char* run_rope_attention_bwd(const RopeAttentionParams& p, const Device& device) {
-  if (p.B * p.max_seqlen * p.H == 0 || p.D == 0) return nullptr;
-  float* delta = workspace(device, (p.cu_seqlens == nullptr ? p.B : 1) * p.H * p.S);
-  if (delta == nullptr) return kNoMemory;
-  return by_type(p, [&]<class T, bool kTf32, int kDim>() {
+  const bool tables = p.dcos != nullptr;
+  if (p.B * p.max_seqlen * p.H == 0 || p.D == 0) return tables ? table_gradients(p, {}, device) : nullptr;
+  Workspace made = {.delta = workspace(device, (p.cu_seqlens == nullptr ? p.B : 1) * p.H * p.S)};
+  if (made.delta == nullptr) return kNoMemory;
+  if (tables) {
+    made.rotated[0] = rotated_workspace(p, p.H, device);
+    made.rotated[1] = rotated_workspace(p, p.Hkv, device);
+    if (made.rotated[0].data == nullptr || made.rotated[1].data == nullptr) return kNoMemory;
+  }
+  const char* error = by_type(p, [&]<class T, bool kTf32, int kDim>() {
     using S = Shape<T, kDim>;
     const Blocks blocks(p.max_seqlen, S::kMaxWarps);
     const size_t shared = S::bytes(blocks.warps);
-    const char* error = launch_attention(dq_kernel<T, kTf32, kDim>, p, blocks, p.H, shared, device, delta);
-    if (error != nullptr || (p.dk.data == nullptr && p.dv.data == nullptr)) return error;
-    return launch_attention(dkdv_kernel<T, kTf32, kDim>, p, blocks, p.Hkv, shared, device,
-                            static_cast<const float*>(delta));
+    const char* error = launch_attention(dq_kernel<T, kTf32, kDim>, p, blocks, p.H, shared, device, made);
+    if (error != nullptr || (p.dk.data == nullptr && p.dv.data == nullptr && !tables)) return error;
+    return launch_attention(dkdv_kernel<T, kTf32, kDim>, p, blocks, p.Hkv, shared, device, made);
   });
+  return error == nullptr && tables ? table_gradients(p, made, device) : error;
 }
 
 }  // namespace eva02::cuda

@@ -44,17 +44,17 @@ struct Softmax {
       now = fmaxf(now, __shfl_xor_sync(0xffffffffu, now, 1));
       now = fmaxf(now, __shfl_xor_sync(0xffffffffu, now, 2));
       const float shift = now == -kInfinity ? 0.f : now * scale2;  // no key so far: exp2(-inf - 0) = 0
-      fade[r] = exp2_fast(largest[r] * scale2 - shift);
+      fade[r] = exp2_fast(fmaf(largest[r], scale2, -shift));
       largest[r] = now;
       float sum = 0.f;
 #pragma unroll
       for (int n = 0; n < kColumns / 8; ++n)
 #pragma unroll
         for (int i = 2 * r; i < 2 * r + 2; ++i) {
-          s[n][i] = exp2_fast(s[n][i] * scale2 - shift);
+          s[n][i] = exp2_fast(fmaf(s[n][i], scale2, -shift));
           sum += s[n][i];
         }
-      total[r] = total[r] * fade[r] + sum;
+      total[r] = fmaf(total[r], fade[r], sum);
     }
   }
   __device__ float sum(int r) const {
@@ -78,10 +78,12 @@ __global__ void __launch_bounds__(Shape<T, kDim>::kMaxWarps * 32, Shape<T, kDim>
   const bool split = q_rotation.split();
   T* const stages = reinterpret_cast<T*>(memory);
   T* const q_tile = stages + (S::kHalf ? 2 * S::kTile : S::kStages);
+  const int end = p.causal ? min(length, place.start + place.rows()) : length;
+  const auto keys_of = [&](int i) { return part_rows<S::kKeys>(end - i * S::kKeys); };
   const auto load = [&](int i, int stage) {
     T* to = stages + stage * 2 * S::kTile;
-    load_tile<T, kDim>(to, S::kKeys, k, i * S::kKeys, length, D, split);
-    load_tile<T, kDim>(to + S::kTile, S::kKeys, v, i * S::kKeys, length, D, false);
+    load_tile<T, kDim>(to, keys_of(i), k, i * S::kKeys, length, D, split);
+    load_tile<T, kDim>(to + S::kTile, keys_of(i), v, i * S::kKeys, length, D, false);
   };
   load_tile<T, kDim>(q_tile, place.rows(), q, place.start, length, D, split);
   copy_async_commit();
@@ -99,9 +101,8 @@ __global__ void __launch_bounds__(Shape<T, kDim>::kMaxWarps * 32, Shape<T, kDim>
   const float scale2 = p.scale * kLog2e;
   float acc[kDim / 8][4] = {};
   Softmax softmax;
-  const int end = p.causal ? min(length, place.start + place.rows()) : length;
   const auto arrive = [&](int i, int stage) {
-    rotate_tile<T, kDim>(stages + stage * 2 * S::kTile, S::kKeys, k_lines[stage], k_rotation, D);
+    rotate_tile<T, kDim>(stages + stage * 2 * S::kTile, keys_of(i), k_lines[stage], k_rotation, D);
     k_rotation.lines(k_lines[1 - stage], S::kKeys, (i + 1) * S::kKeys, length);
   };
   const auto use = [&](int i, int stage) {
@@ -125,10 +126,11 @@ __global__ void __launch_bounds__(Shape<T, kDim>::kMaxWarps * 32, Shape<T, kDim>
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const float sum = softmax.sum(r), safe = sum == 0.f ? 1.f : sum;  // a query without keys: out 0, lse -inf
+    const float share = 1.f / safe;
 #pragma unroll
     for (int n = 0; n < kDim / 8; ++n) {
-      acc[n][2 * r] /= safe;
-      acc[n][2 * r + 1] /= safe;
+      acc[n][2 * r] *= share;
+      acc[n][2 * r + 1] *= share;
     }
     const int row = first_row + lane / 4 + r * 8;
     if (lane % 4 == 0 && row < length) lse[row] = softmax.largest[r] * p.scale + logf(safe);

@@ -36,11 +36,14 @@ struct Place {
   int length;             // tokens of the sequence
   int start;              // the CTA's first row
 
-  __device__ Place(const RopeAttentionParams& p, int blocks, int heads) {
+  __device__ Place(const RopeAttentionParams& p, int blocks, int heads)
+      : Place(p, static_cast<int>(blockIdx.x) / blocks / heads) {
     const int item = static_cast<int>(blockIdx.x) / blocks;
     start = (static_cast<int>(blockIdx.x) - item * blocks) * rows();
-    sequence = item / heads;
     head = item - sequence * heads;
+  }
+  // The whole sequence.
+  __device__ Place(const RopeAttentionParams& p, int sequence) : sequence(sequence), head(0), start(0) {
     if (p.cu_seqlens == nullptr) {
       sample = sequence;
       first = 0;
@@ -130,9 +133,9 @@ struct Rotation {
     angles(sin, at, unit * 4, s);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float a = v[2 * i], b = v[2 * i + 1], t = kInverse ? -s[i] : s[i];
-      v[2 * i] = a * c[i] - b * t;
-      v[2 * i + 1] = b * c[i] + a * t;
+      const float a = v[2 * i], b = v[2 * i + 1], bs = b * s[i], as = a * s[i];
+      v[2 * i] = kInverse ? fmaf(a, c[i], bs) : fmaf(a, c[i], -bs);
+      v[2 * i + 1] = kInverse ? fmaf(b, c[i], -as) : fmaf(b, c[i], as);
     }
   }
 };
@@ -149,15 +152,46 @@ __device__ inline void split_pairs(float (&v)[kUnit]) {
   for (int i = 0; i < kUnit; ++i) v[i] = w[i];
 }
 
-// ---- units in shared memory
-// ---------------------------------------------------------------------------------------------- Of float32 a unit is
-// two accesses; every other four lanes take the second half first, so that eight lanes meet all banks.
-template <class T>
-__device__ void load_unit(const T* p, int number, float (&v)[kUnit]) {
-  if constexpr (sizeof(T) == 2) {
-    load_pack<kUnit>(p, v);
+// ---- units
+// ---------------------------------------------------------------------------------------------------------------
+// kN channels of 16 bits as one access.
+template <int kN, class T>
+__device__ void load_channels(const T* p, float* v) {
+  static_assert(sizeof(T) == 2);
+  const Pack<uint32_t, kN / 2> pack = *reinterpret_cast<const Pack<uint32_t, kN / 2>*>(p);
+#pragma unroll
+  for (int i = 0; i < kN / 2; ++i) {
+    if constexpr (std::is_same_v<T, bf16>) {
+      v[2 * i] = __uint_as_float(pack.item[i] << 16);
+      v[2 * i + 1] = __uint_as_float(pack.item[i] & 0xffff0000u);
+    } else {
+      const float2 pair = __half22float2(reinterpret_cast<const __half2&>(pack.item[i]));
+      v[2 * i] = pair.x;
+      v[2 * i + 1] = pair.y;
+    }
+  }
+}
+
+template <int kN, class T>
+__device__ void store_channels(T* p, const float* v) {
+  if constexpr (sizeof(T) == 4) {
+#pragma unroll
+    for (int i = 0; i < kN; i += 4) *reinterpret_cast<float4*>(p + i) = make_float4(v[i], v[i + 1], v[i + 2], v[i + 3]);
+  } else if constexpr (kN == 4) {
+    *reinterpret_cast<uint2*>(p) = make_uint2(packed<T>(v[0], v[1]), packed<T>(v[2], v[3]));
   } else {
-    const bool flip = number / 4 % 2;
+    *reinterpret_cast<uint4*>(p) =
+        make_uint4(packed<T>(v[0], v[1]), packed<T>(v[2], v[3]), packed<T>(v[4], v[5]), packed<T>(v[6], v[7]));
+  }
+}
+
+// In shared memory a unit of float32 is two accesses; where `flip`, every other four lanes, the second half goes first,
+// so that eight lanes meet all banks.
+template <class T>
+__device__ void load_unit(const T* p, bool flip, float (&v)[kUnit]) {
+  if constexpr (sizeof(T) == 2) {
+    load_channels<kUnit>(p, v);
+  } else {
     float a[4], b[4];
     load_pack<4>(p + (flip ? 4 : 0), a);
     load_pack<4>(p + (flip ? 0 : 4), b);
@@ -170,11 +204,10 @@ __device__ void load_unit(const T* p, int number, float (&v)[kUnit]) {
 }
 
 template <class T>
-__device__ void store_unit(T* p, int number, const float (&v)[kUnit]) {
+__device__ void store_unit(T* p, bool flip, const float (&v)[kUnit]) {
   if constexpr (sizeof(T) == 2) {
-    store_pack<kUnit>(p, v);
+    store_channels<kUnit>(p, v);
   } else {
-    const bool flip = number / 4 % 2;
     float a[4], b[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -201,42 +234,55 @@ __device__ void copy_async(void* shared, const void* global, bool there) {
   }
 }
 
+// f(row, unit) for the units of a tile that hold channels of the head, always in the same threads: eight lanes side by
+// side on a row.
+template <int kDim, class F>
+__device__ void for_units(int rows, const F& f) {
+  constexpr int kUnits = kDim / kUnit, kSide = kUnits < 8 ? kUnits : 8;
+  const int side = threadIdx.x % kSide, step = static_cast<int>(blockDim.x) / kSide;
+  for (int row = static_cast<int>(threadIdx.x) / kSide; row < rows; row += step)
+#pragma unroll
+    for (int unit = side; unit < kUnits + side; unit += kSide)
+      if (kUnits % kSide == 0 || unit < kUnits) f(row, unit);
+}
+
 // Starts to copy rows start ... of a head; what lies beyond its D channels and the sequence's tokens becomes zero.
 template <class T, int kDim>
 __device__ void load_tile(T* tile, int rows, const HeadRows<T>& head, int start, int length, int D, bool split) {
-  constexpr int kUnits = kDim / kUnit;
-  for (int i = threadIdx.x; i < rows * kUnits; i += blockDim.x) {
-    const int row = i / kUnits, unit = i % kUnits;
+  for_units<kDim>(rows, [&](int row, int unit) {
     const bool there = start + row < length && unit * kUnit < D;
-    const T* from = there ? head.row(start + row) : head.data;
+    const T* from = there ? head.row(start + row) + (split ? unit * 4 : unit * kUnit) : head.data;
     T* to = tile + row * kPitch<T, kDim> + unit * kUnit;
-    const int channel = there ? unit * kUnit : 0;
     if (split) {
-      copy_async<4 * sizeof(T)>(to, from + channel / 2, there);
-      copy_async<4 * sizeof(T)>(to + 4, from + D / 2 + channel / 2, there);
+      copy_async<4 * sizeof(T)>(to, from, there);
+      copy_async<4 * sizeof(T)>(to + 4, there ? from + D / 2 : from, there);
     } else {
-      copy_async<kUnit * sizeof(T)>(to, from + channel, there);
+      copy_async<kUnit * sizeof(T)>(to, from, there);
     }
-  }
+  });
 }
 
 // Rotates the units that this thread copied.
 template <class T, int kDim>
 __device__ void rotate_tile(T* tile, int rows, const RopeLine* lines, const Rotation& rotation, int D) {
-  constexpr int kUnits = kDim / kUnit;
   if (rotation.none()) return;
-  const bool split = rotation.split();
-  for (int i = threadIdx.x; i < rows * kUnits; i += blockDim.x) {
-    const int row = i / kUnits, unit = i % kUnits;
+  const bool split = rotation.split(), flip = threadIdx.x / 4 % 2;
+  for_units<kDim>(rows, [&](int row, int unit) {
     const RopeLine line = lines[row];
-    if (unit * kUnit >= D || (line.first < 0 && !split)) continue;
+    if (unit * kUnit >= D || (line.first < 0 && !split)) return;
     T* at = tile + row * kPitch<T, kDim> + unit * kUnit;
     float v[kUnit];
-    load_unit(at, i, v);
+    load_unit(at, flip, v);
     if (split) join_pairs(v);
     rotation.apply<false>(line, unit, v);
-    store_unit(at, i, v);
-  }
+    store_unit(at, flip, v);
+  });
+}
+
+// Rows of a tile of kRows of which `rows` count, in whole parts.
+template <int kRows>
+__device__ int part_rows(int rows) {
+  return min(kRows, (rows + kSubtile - 1) / kSubtile * kSubtile);
 }
 
 // ---- products of tiles, by a warp
@@ -415,15 +461,15 @@ __device__ void store_rows(const float (&acc)[kDim / 8][4], float* staging, cons
     const int row = i / kUnits, unit = i % kUnits;
     if (start + row >= length || unit * kUnit >= D) continue;
     float v[kUnit];
-    load_unit(staging + row * kStagingPitch<kDim> + unit * kUnit, i, v);
+    load_unit(staging + row * kStagingPitch<kDim> + unit * kUnit, lane / 4 % 2, v);
     if (rotated) rotation->apply<true>(lines[row], unit, v);
     T* to = head.row(start + row) + (split ? unit * 4 : unit * kUnit);
     if (split) {
       split_pairs(v);
-      store_pack<4>(to, v);
-      store_pack<4>(to + D / 2, v + 4);
+      store_channels<4>(to, v);
+      store_channels<4>(to + D / 2, v + 4);
     } else {
-      store_pack<kUnit>(to, v);
+      store_channels<kUnit>(to, v);
     }
   }
 }

@@ -128,13 +128,9 @@ def cuda_unsupported(direction: str, args: tuple[Any, ...]) -> Sequence[str]:
     # The schema's shared arguments are the last ones, before `needs` in backward.
     num_shared = NUM_ROPE_ARGS + 8
     shared = args[-num_shared:] if direction == "fwd" else args[-num_shared - 1 : -1]
-    cos, sin, _, grid = shared[:4]
     scale, q_norm, k_norm = shared[-4:-1]
     if not scale > 0:
         reasons.append(f"needs a positive scale, got {scale}")
     if q_norm is not None or k_norm is not None:
         reasons.append("has no q_norm and k_norm")
-    if cos is not None and not grid:
-        if cos.requires_grad or sin.requires_grad or (direction == "bwd" and any(args[-1][-4:-2])):
-            reasons.append("has no gradient of a dense table")
     return reasons
