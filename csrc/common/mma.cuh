@@ -32,6 +32,12 @@ __device__ inline void copy_async_16(void* shared, const void* global, bool ther
 __device__ inline void copy_async_part(uint32_t shared, const void* global, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
 }
+// 8 bytes, aligned to 8.
+__device__ inline void copy_async_8(void* shared, const void* global, bool there = true) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;\n" ::"r"(shared_address(shared)), "l"(global),
+               "r"(there ? 8 : 0)
+               : "memory");
+}
 // 4 bytes, aligned to 4.
 __device__ inline void copy_async_4(void* shared, const void* global, bool there = true) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(shared_address(shared)), "l"(global),

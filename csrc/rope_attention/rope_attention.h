@@ -25,6 +25,8 @@ struct RopeAttentionParams {
   float scale;
   Param q_norm, k_norm;  // (D,) weights of the RMS norm of each head before the rotation
   float norm_eps;
+  int64_t max_seqlen = 0;  // CUDA: the longest sequence, since the host does not read cu_seqlens
+  bool tf32 = false;       // CUDA: float32 products may be of tf32
 
   // Backward only; absent gradients are not computed.
   HeadTensor dout, dq, dk, dv;

@@ -2,6 +2,19 @@
 #include "common/rope_adapter.h"
 #include "rope_attention/rope_attention.h"
 
+// What the CUDA kernels are told besides: the host does not read cu_seqlens, and torch has a switch for tf32.
+#if defined(EVA02_CUDA)
+#define EVA02_ATTENTION_TARGET_ARGS , int64_t max_seqlen, bool tf32
+#define EVA02_ATTENTION_TARGET_SCHEMA ", int max_seqlen, bool tf32"
+#define EVA02_SET_ATTENTION_TARGET_ARGS(p) \
+  p.max_seqlen = max_seqlen;               \
+  p.tf32 = tf32
+#else
+#define EVA02_ATTENTION_TARGET_ARGS
+#define EVA02_ATTENTION_TARGET_SCHEMA ""
+#define EVA02_SET_ATTENTION_TARGET_ARGS(p)
+#endif
+
 namespace eva02 {
 namespace {
 
@@ -73,22 +86,25 @@ RopeAttentionParams attention_params(const Tensor& q, const Tensor& k, const Ten
 void rope_attention_fwd(Tensor q, Tensor k, Tensor v, OptTensor rope_cos, OptTensor rope_sin, OptTensor rope_grids,
                         std::vector<int64_t> rope_grid, std::string rope_layout, int64_t num_prefix_tokens,
                         OptTensor keep_idx, OptTensor key_padding_mask, OptTensor cu_seqlens, bool causal, double scale,
-                        OptTensor q_norm, OptTensor k_norm, double norm_eps, Tensor out, Tensor lse) {
-  run_rope_attention_fwd(
+                        OptTensor q_norm, OptTensor k_norm, double norm_eps EVA02_ATTENTION_TARGET_ARGS, Tensor out,
+                        Tensor lse) {
+  RopeAttentionParams p =
       attention_params(q, k, v, rope_cos, rope_sin, rope_grids, rope_grid, rope_layout, num_prefix_tokens, keep_idx,
-                       key_padding_mask, cu_seqlens, causal, scale, q_norm, k_norm, norm_eps, out, lse),
-      target_of(q));
+                       key_padding_mask, cu_seqlens, causal, scale, q_norm, k_norm, norm_eps, out, lse);
+  EVA02_SET_ATTENTION_TARGET_ARGS(p);
+  run_rope_attention_fwd(p, target_of(q));
 }
 
 void rope_attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, OptTensor rope_cos,
                         OptTensor rope_sin, OptTensor rope_grids, std::vector<int64_t> rope_grid,
                         std::string rope_layout, int64_t num_prefix_tokens, OptTensor keep_idx,
                         OptTensor key_padding_mask, OptTensor cu_seqlens, bool causal, double scale, OptTensor q_norm,
-                        OptTensor k_norm, double norm_eps, OptTensor dq, OptTensor dk, OptTensor dv, OptTensor dcos,
-                        OptTensor dsin, OptTensor dq_norm, OptTensor dk_norm) {
+                        OptTensor k_norm, double norm_eps EVA02_ATTENTION_TARGET_ARGS, OptTensor dq, OptTensor dk,
+                        OptTensor dv, OptTensor dcos, OptTensor dsin, OptTensor dq_norm, OptTensor dk_norm) {
   RopeAttentionParams p =
       attention_params(q, k, v, rope_cos, rope_sin, rope_grids, rope_grid, rope_layout, num_prefix_tokens, keep_idx,
                        key_padding_mask, cu_seqlens, causal, scale, q_norm, k_norm, norm_eps, out, lse);
+  EVA02_SET_ATTENTION_TARGET_ARGS(p);
   p.dout = head_tensor(dout);
   p.dq = head_tensor(dq);
   p.dk = head_tensor(dk);
@@ -108,7 +124,7 @@ void rope_attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, T
 #define EVA02_ATTENTION_SCHEMA                                                                                       \
   EVA02_ROPE_SCHEMA                                                                                                  \
   ", Tensor? key_padding_mask, Tensor? cu_seqlens, bool causal, float scale, Tensor? q_norm, Tensor? k_norm, float " \
-  "norm_eps"
+  "norm_eps" EVA02_ATTENTION_TARGET_SCHEMA
 
 STABLE_TORCH_LIBRARY_FRAGMENT(eva02_kernels_C, m) {
   m.def("rope_attention_fwd" EVA02_TARGET "(Tensor q, Tensor k, Tensor v, " EVA02_ATTENTION_SCHEMA

@@ -15,6 +15,7 @@ from eva02_kernels.ops._common import (
     check_like,
     check_parameter,
     cpu_backend,
+    cuda_backend,
     eager_backend,
     reference_backward,
     triton_backend,
@@ -318,6 +319,9 @@ SPEC = define(
         setup_context=save_attention,
         backward=_backward,
         backends=(
+            cuda_backend(
+                native.fwd, native.bwd, native.cuda_unsupported, error_multiple=native.ERROR_MULTIPLE
+            ),
             triton_backend("rope_attention", triton_unsupported, error_multiple=native.ERROR_MULTIPLE),
             cpu_backend(native.fwd, native.bwd, native.unsupported, error_multiple=native.ERROR_MULTIPLE),
             eager_backend(

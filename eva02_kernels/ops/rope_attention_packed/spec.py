@@ -12,6 +12,7 @@ from eva02_kernels.ops._common import (
     check,
     check_activation,
     cpu_backend,
+    cuda_backend,
     eager_backend,
     reference_backward,
     triton_backend,
@@ -102,6 +103,9 @@ SPEC = define(
         setup_context=save_attention,
         backward=_backward,
         backends=(
+            cuda_backend(
+                native.fwd_packed, native.bwd_packed, native.cuda_unsupported, error_multiple=native.ERROR_MULTIPLE
+            ),
             triton_backend(
                 "rope_attention", triton_unsupported, suffix="_packed", error_multiple=native.ERROR_MULTIPLE
             ),
