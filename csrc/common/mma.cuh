@@ -20,9 +20,8 @@ constexpr int kMmaK = sizeof(T) == 2 ? 16 : 8;
 
 __device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
-// ---- asynchronous copies
-// ------------------------------------------------------------------------------------------------- 16 bytes from
-// global to shared memory, zeros where not `there` (the source is not read then). Both aligned to 16.
+// ---- asynchronous copies --------------------------------------------------------------------------------------------
+// 16 bytes from global to shared memory, zeros where not `there` (the source is not read then). Both aligned to 16.
 __device__ inline void copy_async_16(void* shared, const void* global, bool there = true) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)), "l"(global),
                "r"(there ? 16 : 0)
@@ -51,10 +50,9 @@ __device__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
 }
 
-// ---- fragments from shared memory
-// ---------------------------------------------------------------------------------------- Four 8 x 8 matrices of
-// 16-bit elements (8 x 4 of float32), matrix i from the row addresses that lanes 8i ... 8i + 7 give, each of 16 bytes,
-// aligned to 16.
+// ---- fragments from shared memory -----------------------------------------------------------------------------------
+// Four 8 x 8 matrices of 16-bit elements (8 x 4 of float32), matrix i from the row addresses that lanes 8i ... 8i + 7
+// give, each of 16 bytes, aligned to 16.
 __device__ inline void load_matrices(uint32_t (&r)[4], uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -85,8 +83,7 @@ __device__ uint32_t packed(float low, float high) {
   }
 }
 
-// ---- products
-// ------------------------------------------------------------------------------------------------------------
+// ---- products -------------------------------------------------------------------------------------------------------
 __device__ inline uint32_t tf32_of(float x) {
   uint32_t r;
   asm("cvt.rna.tf32.f32 %0, %1;\n" : "=r"(r) : "f"(x));

@@ -14,7 +14,7 @@ constexpr int kMaxRowThreads = 512;  // of 128 registers; backward kernels do no
 constexpr int kMaxColumns = kItems * kMaxRowThreads;
 inline constexpr char kRowTooWide[] = "a row has more than 4096 columns";
 
-// ---- elements ------------------------------------------------------------------------------------------------------
+// ---- elements -------------------------------------------------------------------------------------------------------
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(bf16 x) { return __bfloat162float(x); }
 __device__ inline float to_float(f16 x) { return __half2float(x); }
@@ -53,8 +53,7 @@ __device__ float rounded(float v) {
   return to_float(from_float<T>(v));
 }
 
-// ---- a thread's share of a row
-// -----------------------------------------------------------------------------------------
+// ---- a thread's share of a row --------------------------------------------------------------------------------------
 template <int W>
 __device__ int first_column(int pack) {
   return (pack * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)) * W;
@@ -153,8 +152,7 @@ __device__ void sum_of_run(const InverseTokenIndex& inverse, int64_t row, const 
   }
 }
 
-// ---- sums over a row
-// ---------------------------------------------------------------------------------------------------
+// ---- sums over a row ------------------------------------------------------------------------------------------------
 __device__ inline float warp_sum(float x) {
 #pragma unroll
   for (int lane = 16; lane > 0; lane /= 2) x += __shfl_xor_sync(0xffffffffu, x, lane);
@@ -194,8 +192,7 @@ __device__ inline float sum_of(const float (&v)[kItems]) {
   return sum;
 }
 
-// ---- normalisation
-// -----------------------------------------------------------------------------------------------------
+// ---- normalisation --------------------------------------------------------------------------------------------------
 struct Statistics {
   float mean, rstd;
 };
@@ -238,8 +235,7 @@ __device__ void store_partial_sums(float* out, int C, const float (&v)[kItems]) 
   }
 }
 
-// ---- launching
-// -----------------------------------------------------------------------------------------------------------
+// ---- launching ------------------------------------------------------------------------------------------------------
 inline int row_threads(int64_t C) { return static_cast<int>(ceil_div<int64_t>(ceil_div<int64_t>(C, kItems), 32) * 32); }
 
 // CTAs that fill the device with threads, at most one for each row: they take rows in turn.

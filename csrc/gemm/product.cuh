@@ -31,8 +31,7 @@ struct Tile {
 using LargeTile = Tile<64, 2, 2>;  // 128 x 128
 using SmallTile = Tile<16, 4, 4>;  // 64 x 64
 
-// ---- 8 columns of a row
-// ------------------------------------------------------------------------------------------------
+// ---- 8 columns of a row ---------------------------------------------------------------------------------------------
 // n of them exist.
 template <class T>
 __device__ void load_columns(const T* p, int n, float (&v)[kColumns]) {
@@ -98,8 +97,7 @@ __device__ inline void exchange_columns(float (&v)[4][2]) {
   }
 }
 
-// ---- operands in shared memory
-// -----------------------------------------------------------------------------------------
+// ---- operands in shared memory --------------------------------------------------------------------------------------
 constexpr int kPiece = 16;  // bytes
 
 // Outer indices of an operand from `first` on; zeros from `limit` on. With a second operand of the same stride, of 64
@@ -237,8 +235,7 @@ __device__ void add_product(float (&d)[4], const uint32_t (&a)[4], const uint32_
   for (int i = 0; i < 4; ++i) d[i] += part[i];
 }
 
-// ---- kernels
-// -----------------------------------------------------------------------------------------------------------
+// ---- kernels --------------------------------------------------------------------------------------------------------
 // An Epilogue is made of its parameters and of a thread's first column, and called with a row and 8 columns of the
 // product; kDual: of both products. Column sums of what a call leaves in its arguments go to partial sums, if kSums.
 template <class T, bool kTf32, bool kAK, bool kBK, class Tile, class Epilogue>
@@ -368,8 +365,7 @@ __global__ void __launch_bounds__(kProductThreads)
   Epilogue(params, static_cast<int>(column), n)(static_cast<int>(row), y, y2);
 }
 
-// ---- launching
-// -----------------------------------------------------------------------------------------------------------
+// ---- launching ------------------------------------------------------------------------------------------------------
 inline constexpr char kProductTooLarge[] =
     "a product has more than 2^31 - 1 rows, columns or elements of its inner sum";
 

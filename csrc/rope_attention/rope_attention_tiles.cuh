@@ -28,8 +28,7 @@ __device__ inline float exp2_fast(float x) {
   return y;
 }
 
-// ---- where a CTA works
-// ---------------------------------------------------------------------------------------------------
+// ---- where a CTA works ----------------------------------------------------------------------------------------------
 struct Place {
   int sequence, head;
   int64_t sample, first;  // packed sequences are one sample, others start their own
@@ -73,8 +72,7 @@ struct HeadRows {
   __device__ T* row(int i) const { return data + static_cast<int64_t>(i) * stride; }
 };
 
-// ---- rotation
-// ------------------------------------------------------------------------------------------------------------
+// ---- rotation -------------------------------------------------------------------------------------------------------
 // Where a token's angles are, in floats from the start of the tables: two runs of D/4 pairs; first < 0: not rotated.
 struct RopeLine {
   int first, second;
@@ -152,8 +150,7 @@ __device__ inline void split_pairs(float (&v)[kUnit]) {
   for (int i = 0; i < kUnit; ++i) v[i] = w[i];
 }
 
-// ---- units
-// ---------------------------------------------------------------------------------------------------------------
+// ---- units ----------------------------------------------------------------------------------------------------------
 // kN channels of 16 bits as one access.
 template <int kN, class T>
 __device__ void load_channels(const T* p, float* v) {
@@ -219,8 +216,7 @@ __device__ void store_unit(T* p, bool flip, const float (&v)[kUnit]) {
   }
 }
 
-// ---- tiles
-// ---------------------------------------------------------------------------------------------------------------
+// ---- tiles ----------------------------------------------------------------------------------------------------------
 template <int kBytes>
 __device__ void copy_async(void* shared, const void* global, bool there) {
 #pragma unroll
@@ -285,8 +281,7 @@ __device__ int part_rows(int rows) {
   return min(kRows, (rows + kSubtile - 1) / kSubtile * kSubtile);
 }
 
-// ---- products of tiles, by a warp
-// ----------------------------------------------------------------------------------------
+// ---- products of tiles, by a warp -----------------------------------------------------------------------------------
 // Step k of the channels of 16 rows, as the first operand.
 template <class T, int kDim>
 __device__ void load_operand(uint32_t (&a)[4], const T* rows, int k) {
@@ -375,8 +370,7 @@ __device__ void add_tile_by_rows(float (&acc)[kDim / 8][4], const float (&p)[kCo
   }
 }
 
-// ---- which scores count
-// --------------------------------------------------------------------------------------------------
+// ---- which scores count ---------------------------------------------------------------------------------------------
 // Bit i of `words`, shifted by this lane's first column of a product: may key start + i be attended to?
 template <int kColumns>
 struct Keys {
@@ -410,8 +404,7 @@ __device__ void mask_scores(float (&s)[kColumns / 8][4], const RopeAttentionPara
       if (!keys(n, i % 2) || (p.causal && column + n * 8 + i % 2 > row + i / 2 * 8)) s[n][i] = -kInfinity;
 }
 
-// ---- tiles one after the other
-// -------------------------------------------------------------------------------------------
+// ---- tiles one after the other --------------------------------------------------------------------------------------
 // Two stages: load(i, stage) starts copies, arrive(i, stage) follows when this thread's have landed, use(i, stage) when
 // everyone's have. The first load has been made by the caller; before the loop comes a barrier.
 template <class Load, class Arrive, class Use>
@@ -436,8 +429,7 @@ __device__ void by_parts(int columns, const Use& use) {
   for (int at = 0; at < columns; at += kSubtile) use.template operator()<kSubtile>(at);
 }
 
-// ---- to memory
-// -----------------------------------------------------------------------------------------------------------
+// ---- to memory ------------------------------------------------------------------------------------------------------
 template <int kDim>
 constexpr int kStagingPitch = kDim + 8;  // floats: 8 rows of two lanes each meet all banks
 
@@ -474,8 +466,7 @@ __device__ void store_rows(const float (&acc)[kDim / 8][4], float* staging, cons
   }
 }
 
-// ---- launching
-// -----------------------------------------------------------------------------------------------------------
+// ---- launching ------------------------------------------------------------------------------------------------------
 // Blocks of at most kMaxWarps * 16 rows, as equal as can be.
 struct Blocks {
   int count, warps;
