@@ -47,6 +47,15 @@ def row(name: str, op: str, old: str, new: str, equivalent: str = "") -> Mutant:
     return Mutant(name, f"{op}/{op}_cuda.cu", old, new, op, equivalent=equivalent)
 
 
+def product(name: str, file: str, old: str, new: str, op: str, source: str = "", equivalent: str = "") -> Mutant:
+    """Of csrc/gemm."""
+    return Mutant(name, f"gemm/{file}", old, new, op, f"gemm/{source or file}", equivalent)
+
+
+def attention(name: str, file: str, old: str, new: str, source: str = "") -> Mutant:
+    return Mutant(name, f"rope_attention/{file}", old, new, "rope_attention", f"rope_attention/{source or file}")
+
+
 def shared(name: str, old: str, new: str, op: str, equivalent: str = "") -> Mutant:
     """Of what the row kernels share."""
     return Mutant(name, "common/rows.cuh", old, new, op, f"{op}/{op}_cuda.cu", equivalent)
@@ -142,6 +151,56 @@ MUTANTS = (
     row("rope_angles_of_the_first_run", "apply_rope", "runs[1][pair - quarter]", "runs[0][pair - quarter]"),
     row("rope_table_gradient_of_one_head", "apply_rope", "(per_head ? table + 1 : p.H); ++h)",
         "(per_head ? table + 1 : int64_t{1}); ++h)"),
+    # ---- products
+    product("product_without_the_last_step", "product.cuh", "const int steps = ceil_div(K, A::kStep);",
+            "const int steps = max(1, ceil_div(K, A::kStep) - 1);", "linear", "gemm_cuda.cu"),
+    product("product_waits_too_little", "product.cuh", "copy_async_wait<kStages - 2>();",
+            "copy_async_wait<kStages - 1>();", "linear", "gemm_cuda.cu"),
+    product("columns_not_exchanged", "product.cuh", "for (int bit = 1; bit <= 2; bit *= 2)",
+            "for (int bit = 1; bit <= 1; bit *= 2)", "linear", "gemm_cuda.cu"),
+    product("hidden_padding_not_zero", "product.cuh", "    if (i >= n) v[i] = 0.f;", "    if (i >= n) v[i] = 1.f;",
+            "swiglu_mlp", "activate.cu"),
+    product("project_without_residual", "gemm_cuda.cu", "y[i] += residual[i];", "y[i] += 0.f * residual[i];", "linear"),
+    product("project_bias_after_the_scale", "gemm_cuda.cu", "y[i] = (y[i] + bias[i]) * (scale[i] * row_scale);",
+            "y[i] = y[i] * (scale[i] * row_scale) + bias[i];", "linear"),
+    product("activate_without_up_bias", "activate.cu", "up[i] += up_bias[i];", "up[i] += 0.f * up_bias[i];",
+            "swiglu_mlp"),
+    product("activate_gelu_twice", "activate.cu", "gate[i] = gelu(gate[i]).value;",
+            "gate[i] = gelu(gelu(gate[i]).value).value;", "gelu_mlp"),
+    product("hidden_gradient_of_gelu_without_slope", "hidden_gradient.cu", "y[i] *= a.slope;", "y[i] *= a.value;",
+            "gelu_mlp"),
+    product("hidden_gradient_up_is_gate", "hidden_gradient.cu", "y2[i] = y[i] * a.value;", "y2[i] = y[i] * a.slope;",
+            "swiglu_mlp"),
+    product("hidden_bias_sums_at_one_place", "hidden_gradient.cu", "sum_columns(p.up_sums, sums + N,",
+            "sum_columns(p.up_sums, sums,", "swiglu_mlp"),
+    product("scale_sums_without_row_scale", "output_gradient.cu", "sums[i] += x[i] *= row_scale;",
+            "sums[i] += x[i];", "linear"),
+    product("layer_scale_gradient_without_bias", "output_gradient.cu", "dscale += p.sums[row] * bias;",
+            "dscale += 0.f * p.sums[row] * bias;", "linear"),
+    product("project_rope_sine_sign", "project_rope.cu", "= a * cos - b * sin;", "= a * cos + b * sin;", "qkv_rope"),
+    product("project_rope_rotates_v", "project_rope.cu", "c >= p.rotated || ", "", "qkv_rope"),
+    # ---- rope_attention
+    attention("softmax_keeps_the_old_sum", "rope_attention_cuda.cu", "total[r] = fmaf(total[r], fade[r], sum);",
+              "total[r] = total[r] + sum;"),
+    attention("out_not_faded", "rope_attention_cuda.cu", "acc[n][r] *= fade[r / 2];", "acc[n][r] *= 1.f;"),
+    attention("lse_without_the_scale", "rope_attention_cuda.cu", "softmax.largest[r] * p.scale + logf(safe)",
+              "softmax.largest[r] + logf(safe)"),
+    attention("largest_of_half_a_row", "rope_attention_cuda.cu",
+              "      now = fmaxf(now, __shfl_xor_sync(0xffffffffu, now, 2));\n", ""),
+    attention("keys_of_the_wrong_head", "rope_attention_cuda.cu",
+              "const int kv_head = place.head / static_cast<int>(p.H / p.Hkv);", "const int kv_head = 0;"),
+    attention("unrotated_keys", "rope_attention_cuda.cu",
+              "rotate_tile<T, kDim>(stages + stage * 2 * S::kTile, keys_of(i), k_lines[stage], k_rotation, D);", ""),
+    attention("lines_of_the_same_tile", "rope_attention_cuda.cu", "k_lines[1 - stage], S::kKeys, (i + 1) * S::kKeys",
+              "k_lines[1 - stage], S::kKeys, i * S::kKeys"),
+    attention("rotation_sign", "rope_attention_tiles.cuh", "fmaf(a, c[i], bs) : fmaf(a, c[i], -bs)",
+              "fmaf(a, c[i], bs) : fmaf(a, c[i], bs)", "rope_attention_cuda.cu"),
+    attention("delta_of_half_a_row", "rope_attention_bwd.cu",
+              "return sum + __shfl_xor_sync(0xffffffffu, sum, 16);", "return sum;"),
+    attention("query_without_keys_has_gradients", "rope_attention_bwd.cu",
+              "lse == -kInfinity ? kInfinity : lse * kLog2e", "lse * kLog2e"),
+    attention("gradients_lack_the_scale", "rope_attention_bwd.cu", "acc[n][r] *= p.scale;", "acc[n][r] *= 1.f;"),
+    attention("dq_without_delta", "rope_attention_bwd.cu", "* (dp[n][r] - delta[r / 2]);", "* dp[n][r];"),
 )  # fmt: skip
 
 

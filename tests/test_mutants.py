@@ -25,7 +25,7 @@ def test_every_mutant_can_be_made():
 def test_every_file_of_kernels_has_mutants():
     ops = mutants.ROOT / mutants.PACKAGE / "ops"
     kernels = {str(p.relative_to(ops)) for p in ops.rglob("*.py") if "@triton.jit" in p.read_text()}
-    assert kernels == {m.file for m in mutants.MUTANTS}
+    assert kernels <= {m.file for m in mutants.MUTANTS}
 
 
 @pytest.mark.full
