@@ -9,6 +9,9 @@
 | imagenet-a, imagenet-r | folders of WordNet ids | their 200 alone compete | the class |
 | objectnet | images/ and mappings/ of objectnet-1.0 | 1000 | the first mapped class; unmapped folders are skipped |
 
+A CLIP model is evaluated zero-shot: its classes are names in CLIP's 80 prompts of ImageNet, or in `--prompt` for other
+data; on ObjectNet it chooses among the 113 mapped classes by their names there.
+
 Labels of ReaL and class lists of A and R come with timm, ObjectNet's mapping with its images, which keep their red
 border here as in EVA-02's evaluation.
 
@@ -35,7 +38,7 @@ from torch import Tensor, nn
 
 from eva02.files import atomic_file
 from eva02.options import LAYOUTS, loading, loading_options, model_options, overrides
-from eva02.runs import load_model
+from eva02.runs import is_clip, load_model
 from eva02.train.distributed import World, started
 
 Labels = tuple[int, ...]
@@ -58,6 +61,9 @@ class Task:
     """Logits that compete; None for all."""
     expected: int | None = None
     """Images that count, in the published data set."""
+    names: Sequence[str] | None = None
+    """Of the classes that zero-shot classification chooses from; None: CLIP's of ImageNet where there are 1000, else
+    the source's."""
 
     @property
     def counted(self) -> Sequence[int]:
@@ -160,6 +166,7 @@ def _real(location: str, args: Any) -> Task:
 
 
 def _objectnet(location: str, args: Any) -> Task:
+    """A CLIP model (`args.zero_shot`) chooses among ObjectNet's names of mapped classes, as in CLIP's evaluations."""
     root = Path(location)
     images = root / "images" if (root / "images").is_dir() else root
     mappings = Path(getattr(args, "objectnet_mappings", None) or images.parent / "mappings")
@@ -172,14 +179,22 @@ def _objectnet(location: str, args: Any) -> Task:
     logit_to_line = json.loads((mappings / "pytorch_to_imagenet_2012_id.json").read_text())
     classes = {names[int(line)]: int(logit) for logit, line in logit_to_line.items()}
 
+    mapped = sorted(folder for folder, name in objects.items() if name in imagenet_labels)
+    zero_shot = getattr(args, "zero_shot", False)
+
     def class_of(folder: str) -> Labels:
         if folder not in objects:
             raise ValueError(f"{images}: folder {folder!r} is not in {mappings / 'folder_to_objectnet_label.json'}")
-        mapped = imagenet_labels.get(objects[folder])
-        return () if mapped is None else (classes[mapped.split("; ")[0]],)
+        if folder not in mapped:
+            return ()
+        return (mapped.index(folder) if zero_shot else classes[imagenet_labels[objects[folder]].split("; ")[0]],)
 
     source = _folders(str(images))
-    return Task(source, _by_folder(source, class_of), 1000, expected=18_574)
+    names = [objects[folder].lower() for folder in mapped]
+    labels = _by_folder(source, class_of)
+    if zero_shot:
+        return Task(source, labels, len(names), expected=18_574, names=names)
+    return Task(source, labels, 1000, expected=18_574)
 
 
 PROTOCOLS: dict[str, Callable[[str, Any], Task]] = {
@@ -199,7 +214,7 @@ def open_task(protocol: str, location: str, args: Any = None) -> Task:
 
     Args:
         args: may have the attributes `real_labels` (a JSON file of label lists instead of timm's), `objectnet_mappings`
-            (a folder) and `split`.
+            (a folder), `split`, and `zero_shot` (the classifier is a CLIP model's).
 
     Raises:
         ValueError: unknown protocol, or folders that are not those of its classes. FileNotFoundError: nothing there.
@@ -236,6 +251,32 @@ def count_hits(logits: Tensor, labels: Sequence[Labels], k: int) -> Tensor:
             raise ValueError(f"class {max(classes)} is none of the {logits.shape[1]} that the model tells apart")
         member[row, list(classes)] = True
     return member.to(logits.device).gather(1, logits.topk(k).indices).any(1)
+
+
+class ZeroShot(nn.Module):
+    """A CLIP model as a classifier of a task's classes: images (B, 3, H, W) -> 100 cosines (B, classes).
+
+    Args:
+        model: `eva02.clip.Clip`, on its device.
+        prompts: templates of classes that are not ImageNet's; those have CLIP's 80.
+    """
+
+    def __init__(self, model: Any, task: Task, prompts: Sequence[str] = ("a photo of a {}.",)) -> None:
+        super().__init__()
+        from eva02.clip import class_embeddings, imagenet_prompts
+
+        names: Sequence[str] = task.names or task.source.classes or ()
+        templates: Sequence[Any] = prompts
+        if task.num_classes == 1000 or task.names:
+            imagenet_names, templates = imagenet_prompts()
+            names = task.names or imagenet_names
+        if not names:
+            raise ValueError("zero-shot classification needs names of the classes, and the data has none")
+        self.model = model
+        self.classes = class_embeddings(model, names, templates)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return 100 * self.model.encode_image(images, normalize=True).float() @ self.classes.T
 
 
 class _Stopwatch:
@@ -351,6 +392,12 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--dtype", choices=tuple(_DTYPES), default="float32", help="of the model (default %(default)s)")
     parser.add_argument("--csv", metavar="FILE", help="write the table")
     parser.add_argument("--json", metavar="FILE", help="write the table and what it was measured with")
+    parser.add_argument(
+        "--prompt",
+        nargs="+",
+        default=["a photo of a {}."],
+        help="of a CLIP model, for classes that are not ImageNet's, which have CLIP's 80 (default 'a photo of a {}.')",
+    )
     parser.add_argument("--real-labels", metavar="JSON", help="ReaL's labels instead of those that timm ships")
     parser.add_argument("--objectnet-mappings", metavar="FOLDER", help="where it does not lie beside the images")
     model_options(parser, classes=False)
@@ -360,8 +407,8 @@ def add_command(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    """Evaluate a classifier: top-1 and top-5 in percent, and images per second, of the model alone and with reading.
-    Under torchrun the processes share the images."""
+    """Evaluate a classifier, or a CLIP model zero-shot: top-1 and top-5 in percent, and images per second, of the model
+    alone and with reading. Under torchrun the processes share the images."""
     if args.batch_size < 1:
         raise ValueError(f"--batch-size must be positive, got {args.batch_size}")
     with started(args.device) as world:
@@ -371,6 +418,7 @@ def _run(args: argparse.Namespace) -> None:
 def _evaluate_all(args: argparse.Namespace, world: World) -> None:
     from eva02.data import EvalTransform
 
+    args.zero_shot = is_clip(args.model)
     tasks = []
     for item in args.data:  # all are opened before the first is evaluated: a wrong path is told at once
         protocol, separator, location = item.partition("=")
@@ -381,11 +429,13 @@ def _evaluate_all(args: argparse.Namespace, world: World) -> None:
     model.eval().to(world.device, _DTYPES[args.dtype])
     if world.is_main:
         print(report, _HEADER, sep="\n")
-    transform = EvalTransform(model.img_size, args.crop, args.crop_pct)
+    tower = model.visual if args.zero_shot else model
+    transform = EvalTransform(tower.img_size, args.crop, args.crop_pct)
     results = []
     for protocol, location, task in tasks:
         options = {"batch_size": args.batch_size, "num_workers": args.num_workers, "world": world}
-        results.append(evaluate(model, task, transform, protocol=protocol, location=location, **options))
+        classifier = ZeroShot(model, task, args.prompt) if args.zero_shot else model
+        results.append(evaluate(classifier, task, transform, protocol=protocol, location=location, **options))
         if world.is_main:
             print(_line(results[-1]))
     if not world.is_main:
