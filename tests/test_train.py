@@ -501,7 +501,7 @@ def test_cached_features_train_as_the_teacher_itself(tmp_path):
     model = eva02.create_model(recipe.model.name, **{**recipe.model.options, "head": "classifier", "num_classes": 0})
     teacher = Teacher(model)
     writer = CacheWriter(tmp_path, open_source("digits"), teacher, crops=1, scale=recipe.data.crop_scale)
-    for _ in writer.write(writer.pending()):
+    for _ in writer.write(writer.shards):
         pass
     wide = {"model__mim_dim": 32, "schedule__steps": 3}
     live = train_runs.trainer(train_runs.recipe("pretrain", **wide))

@@ -90,10 +90,10 @@ def step_together(world, folder, task, how, changes):
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
-@pytest.mark.parametrize("task", ["pretrain", "finetune"])
+@pytest.mark.parametrize("task", ["pretrain", "finetune", "clip"])
 def test_two_processes_are_one(task, how, two_processes, tmp_path):
-    """Same losses, gradients, weights and averages, with ragged masks and parts of a batch."""
-    changes = {"data__accumulate": 2}
+    """Same losses, gradients, weights and averages, with ragged masks, parts of a batch, and pairs on both."""
+    changes = {"data__accumulate": 1 if task == "clip" else 2}
     two_processes("step_together", str(tmp_path), task, how, changes)
     two = torch.load(tmp_path / "two.pt", weights_only=True)
     one = results(train_runs.trainer(train_runs.recipe(task, **EXACT, **changes)), 2)

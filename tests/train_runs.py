@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import eva02
 from eva02.recipes import Recipe, get_preset
-from eva02.train import finetune, pretrain
+from eva02.train import clip, finetune, pretrain
 from eva02.train.command import train
 from eva02.train.distributed import World
 from eva02.train.loop import Task, Trainer
@@ -46,15 +46,16 @@ class PatchTeacher(nn.Module):
 
 def recipe(task: str, **changes: Any) -> Recipe:
     """The digits' recipe at a few steps; keywords are fields with two underscores for the dot."""
-    name = {"pretrain": "eva02_digits_mim", "finetune": "eva02_digits"}[task]
-    small = {**SMALL, "model.mim_dim": 16} if task == "pretrain" else SMALL
+    name = {"pretrain": "eva02_digits_mim", "finetune": "eva02_digits", "clip": "eva02_digits_clip"}[task]
+    more = {"pretrain": {"model.mim_dim": 16}, "clip": {"clip.text_width": 32, "clip.text_depth": 1}}.get(task, {})
+    small = {**SMALL, **more}
     return get_preset(name).override({**small, **{key.replace("__", "."): value for key, value in changes.items()}})
 
 
 def build(recipe: Recipe, world: World, **options: Any) -> tuple[Task, Any]:
     """As the commands build it, with `PatchTeacher`."""
-    if recipe.task == "finetune":
-        return finetune.build(recipe, world, **options)
+    if recipe.task != "pretrain":
+        return {"finetune": finetune, "clip": clip}[recipe.task].build(recipe, world, **options)
     teacher, pretrain.load_teacher = (
         pretrain.load_teacher,
         lambda *_: PatchTeacher(recipe.model.config().mim_dim).to(world.device),

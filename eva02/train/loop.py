@@ -39,6 +39,9 @@ class Task(abc.ABC):
     ragged: ClassVar[bool] = False
     """Batches of one size have losses of different numbers of terms, which ranks have to agree on."""
 
+    accumulates: ClassVar[bool] = True
+    """The mean of the losses of a batch's parts is the loss of the batch."""
+
     model: nn.Module
 
     def prepare(self, batch: Batch) -> Batch:
@@ -111,12 +114,16 @@ class Trainer:
                 f"data.batch_size {recipe.data.batch_size} is not a multiple of {world.size} processes times "
                 f"data.accumulate {recipe.data.accumulate}"
             )
+        if recipe.data.accumulate > 1 and not task.accumulates:
+            raise ValueError("data.accumulate must be 1: a part's contrastive loss is not a part of the batch's")
         self.part = local // recipe.data.accumulate
         self.total, _ = steps_of(recipe.schedule, loader.steps_per_epoch)
         if run.grad_checkpointing:
             task.model.set_grad_checkpointing()  # type: ignore[operator]
         if run.recompute:
-            task.model.set_recompute()  # type: ignore[operator]
+            for module in task.model.modules():
+                if hasattr(module, "recompute"):
+                    module.recompute = True  # type: ignore[assignment]
         world.equalise(task.model)
         self.ema = None
         if run.ema_decay is not None:
@@ -173,6 +180,7 @@ class Trainer:
                     loss = loss.float() * weight
                     self.scaler.scale(loss).backward()
                 total += loss.detach()
+            self.parallel.average()
             norm = self._update()
         self.step += 1
         return torch.stack([total / world.size, norm])
@@ -189,17 +197,14 @@ class Trainer:
     def _update(self) -> Tensor:
         """Clip, step, average; returns the norm of all gradients before clipping."""
         self.scaler.unscale_(self.optimizer)
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if self.recipe.optimizer.clip_grad is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.recipe.optimizer.clip_grad, norm)
+        norm = self.parallel.clip(self.parameters, self.recipe.optimizer.clip_grad)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.task.after_step()
         if self.ema is not None:
             self.ema.update(self.task.model)
-        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # a DTensor's is a sum over ranks
+        return norm
 
     # ---- the run -----------------------------------------------------------------------------------------------------
     def run(self) -> Outcome:
