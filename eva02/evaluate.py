@@ -247,8 +247,8 @@ def count_hits(logits: Tensor, labels: Sequence[Labels], k: int) -> Tensor:
     """Whether one of the k largest logits belongs to the image's labels: (B, classes) -> (B,) bool."""
     member = torch.zeros(logits.shape, dtype=torch.bool)
     for row, classes in enumerate(labels):
-        if max(classes) >= logits.shape[1]:
-            raise ValueError(f"class {max(classes)} is none of the {logits.shape[1]} that the model tells apart")
+        for wrong in (label for label in classes if not 0 <= label < logits.shape[1]):
+            raise ValueError(f"class {wrong} is none of the {logits.shape[1]} that the model tells apart")
         member[row, list(classes)] = True
     return member.to(logits.device).gather(1, logits.topk(k).indices).any(1)
 

@@ -59,6 +59,9 @@ def test_hits():
     labels = [(1,), (3, 0), (0,)]
     assert count_hits(logits, labels, 1).tolist() == [False, True, False]
     assert count_hits(logits, labels, 2).tolist() == [True, True, False]
+    for wrong in (-1, 4):  # -1 marks images without a label in some data sets
+        with pytest.raises(ValueError, match=f"class {wrong} is none of the 4"):
+            count_hits(logits, [(0,), (1,), (wrong,)], 1)
 
 
 def test_imagenet(tmp_path):
