@@ -74,6 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         return args.run(args) or 0
+    except ModuleNotFoundError as error:
+        print(f"eva02 {args.command}: {error}; pip install 'eva02-kernels[train]'", file=sys.stderr)
+        return 1
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
         print(f"eva02 {args.command}: {error}", file=sys.stderr)
         return 1

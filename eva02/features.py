@@ -124,7 +124,7 @@ def _write_cache(args: argparse.Namespace) -> None:
     needed, free = total * writer.spec.sample_bytes, shutil.disk_usage(args.out).free
     print(
         f"{args.out}: {len(pending)} of {len(writer.spec.shards)} shards to write, {total} crops, "
-        f"{needed / 2**30:.2f} GiB; {free / 2**30:.2f} GiB are free"
+        f"{needed / 2**30:.3g} GiB; {free / 2**30:.3g} GiB are free"
     )
     bad: dict[str, str] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
