@@ -38,11 +38,12 @@ from torch import Tensor, nn
 
 from eva02.files import atomic_file
 from eva02.options import LAYOUTS, loading, loading_options, model_options, overrides
-from eva02.runs import is_clip, load_model
+from eva02.runs import is_clip, is_run, load_model, run_recipe
 from eva02.train.distributed import World, started
 
 Labels = tuple[int, ...]
 _ALONE = World()
+_PROMPT = "a photo of a {}."
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -261,7 +262,7 @@ class ZeroShot(nn.Module):
         prompts: templates of classes that are not ImageNet's; those have CLIP's 80.
     """
 
-    def __init__(self, model: Any, task: Task, prompts: Sequence[str] = ("a photo of a {}.",)) -> None:
+    def __init__(self, model: Any, task: Task, prompts: Sequence[str] = (_PROMPT,)) -> None:
         super().__init__()
         from eva02.clip import class_embeddings, imagenet_prompts
 
@@ -395,8 +396,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "--prompt",
         nargs="+",
-        default=["a photo of a {}."],
-        help="of a CLIP model, for classes that are not ImageNet's, which have CLIP's 80 (default 'a photo of a {}.')",
+        help="of a CLIP model, for classes that are not ImageNet's (default: the run's, else 'a photo of a {}.')",
     )
     parser.add_argument("--real-labels", metavar="JSON", help="ReaL's labels instead of those that timm ships")
     parser.add_argument("--objectnet-mappings", metavar="FOLDER", help="where it does not lie beside the images")
@@ -434,7 +434,7 @@ def _evaluate_all(args: argparse.Namespace, world: World) -> None:
     results = []
     for protocol, location, task in tasks:
         options = {"batch_size": args.batch_size, "num_workers": args.num_workers, "world": world}
-        classifier = ZeroShot(model, task, args.prompt) if args.zero_shot else model
+        classifier = ZeroShot(model, task, _prompts(args)) if args.zero_shot else model
         results.append(evaluate(classifier, task, transform, protocol=protocol, location=location, **options))
         if world.is_main:
             print(_line(results[-1]))
@@ -446,6 +446,12 @@ def _evaluate_all(args: argparse.Namespace, world: World) -> None:
     if args.json:
         with atomic_file(args.json) as file:
             file.write(json.dumps(_report(args, world, results), indent=1).encode())
+
+
+def _prompts(args: argparse.Namespace) -> Sequence[str]:
+    if args.prompt:
+        return args.prompt
+    return (run_recipe(args.model).clip.prompt,) if is_run(args.model) else (_PROMPT,)
 
 
 _HEADER = f"{'protocol':16} {'top-1':>7} {'top-5':>7} {'images':>7} {'img/s':>9} {'model img/s':>12}  location"

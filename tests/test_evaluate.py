@@ -20,6 +20,7 @@ from eva02.data import EvalTransform
 from eva02.evaluate import ZeroShot, count_hits, evaluate, open_task
 from eva02.images import resize_crop
 from eva02.runs import load_model
+from eva02.teacher import create_teacher
 
 IDS = ("n01440764", "n01443537", "n01498041", "n01531178", "n15075141")  # classes 0, 1, 6, 11 and 999
 PARTIAL = {"n01498041": 6, "n01531178": 11, "n01534433": 13}
@@ -218,6 +219,21 @@ def test_clip_models_classify_by_names(tmp_path):
     task.num_classes, task.source.classes = None, None
     with pytest.raises(ValueError, match="needs names of the classes, and the data has none"):
         ZeroShot(loaded, task)
+
+
+def test_a_clip_run_is_evaluated_as_it_trained(tmp_path, capsys):
+    run = str(tmp_path / "run")
+    short = ["--steps", "3", "--batch-size", "32", "--set", "run.tensorboard=false", "--set", "run.profile_peak=false"]
+    assert main(["clip", "--preset", "eva02_digits_clip", *short, "--set", "model.depth=1", "--output", run]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    (trained,) = (line["zero_shot_top1"] for line in lines if "zero_shot_top1" in line)
+    assert main(["evaluate", "digits", "--model", run, "--json", str(tmp_path / "out.json")]) == 0
+    (row,) = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert row["top1"] == pytest.approx(100 * trained)
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "red.png")
+    assert main(["features", str(tmp_path / "red.png"), "--model", run, "--out", str(tmp_path / "red.npz")]) == 0
+    assert "64 channels" in capsys.readouterr().out
+    assert create_teacher(run).dim == 64
 
 
 @pytest.mark.full
