@@ -112,9 +112,9 @@ class Parallel:
         self.model, self.world = model, world
         self.sharded = world.size > 1 and how == "fsdp"
         self.forward: nn.Module = model
-        self.whole: list[nn.Parameter] = []
+        self.scalars: list[str] = []
         if self.sharded:
-            self.whole = shard(model)
+            self.scalars = shard(model)
         elif world.size > 1:
             ids = [world.device] if world.device.type == "cuda" else None
             self.forward = nn.parallel.DistributedDataParallel(model, device_ids=ids)
@@ -130,53 +130,36 @@ class Parallel:
             return
         yield
 
-    def average(self) -> None:
-        """Gradients that are not exchanged by the wrapper, after backward."""
-        for parameter in self.whole:
-            if parameter.grad is not None:
-                self.world.sum_(parameter.grad).div_(self.world.size)
-
-    def clip(self, parameters: list[nn.Parameter], max_norm: float | None) -> Tensor:
-        """Norm of all gradients together, which are scaled down to `max_norm`; waits for nothing."""
-        shards = [p for p in parameters if hasattr(p, "full_tensor")]  # DTensors and others do not mix
-        plain = [p for p in parameters if not hasattr(p, "full_tensor")]
-        norms = []
-        for part in (shards, plain):
-            gradients = [p.grad for p in part if p.grad is not None]
-            if gradients:
-                norm = nn.utils.get_total_norm(gradients)
-                norms.append(norm.full_tensor() if part is shards else norm)  # type: ignore[attr-defined]
-        norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
-        if max_norm is not None:
-            for part in (shards, plain):
-                nn.utils.clip_grads_with_norm_(part, max_norm, norm)
-        return norm
-
     def full_state(self, model: nn.Module) -> State:
         """All of a model's weights on the first process's CPU; others get nothing of a sharded one."""
         if not self.sharded:
             return {key: value.detach().cpu() for key, value in model.state_dict().items()}
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-        return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        state: State = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        return {key: value.reshape(()) if key in self.scalars else value for key, value in state.items()}
 
 
-def shard(model: nn.Module) -> list[nn.Parameter]:
+def shard(model: nn.Module) -> list[str]:
     """FSDP2 over all processes, one unit for each block and one for the rest.
 
-    Returns the parameters without dimensions, which it does not take; `Parallel.average` averages their gradients.
+    It takes no parameters without dimensions: they become vectors of one element, and their names are returned.
     """
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    whole = [parameter for parameter in model.parameters() if parameter.ndim == 0]
+    scalars = [name for name, parameter in model.named_parameters() if parameter.ndim == 0]
+    for name in scalars:
+        module, _, attribute = name.rpartition(".")
+        scalar = model.get_parameter(name)
+        setattr(model.get_submodule(module), attribute, nn.Parameter(scalar.detach().reshape(1), scalar.requires_grad))
     for blocks in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
         for block in blocks:
             fully_shard(block)
-    fully_shard(model, ignored_params=set(whole))
+    fully_shard(model)
     for name in ("encode_image", "encode_text"):  # a two-tower model's other ways in
         if hasattr(model, name):
             register_fsdp_forward_method(model, name)
-    return whole
+    return scalars
 
 
 def save_sharded(path: Path, state: State) -> None:

@@ -180,7 +180,6 @@ class Trainer:
                     loss = loss.float() * weight
                     self.scaler.scale(loss).backward()
                 total += loss.detach()
-            self.parallel.average()
             norm = self._update()
         self.step += 1
         return torch.stack([total / world.size, norm])
@@ -197,14 +196,16 @@ class Trainer:
     def _update(self) -> Tensor:
         """Clip, step, average; returns the norm of all gradients before clipping."""
         self.scaler.unscale_(self.optimizer)
-        norm = self.parallel.clip(self.parameters, self.recipe.optimizer.clip_grad)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        if self.recipe.optimizer.clip_grad is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.recipe.optimizer.clip_grad, norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.task.after_step()
         if self.ema is not None:
             self.ema.update(self.task.model)
-        return norm
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of shards: a sum over processes
 
     # ---- the run -----------------------------------------------------------------------------------------------------
     def run(self) -> Outcome:
