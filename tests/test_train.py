@@ -297,9 +297,10 @@ def filled(folder, steps=(1, 2, 3), keep=3):
 def test_checkpoints_are_kept_and_removed(tmp_path):
     store = filled(tmp_path, range(1, 6))
     assert store.steps() == [3, 4, 5]
-    shared, own = store.load(store.newest())
+    shared, own, same_processes = store.load(store.newest())
     assert shared["step"] == 5
     assert own == {"y": 5}
+    assert same_processes
 
 
 @pytest.mark.parametrize("harm", ["flip", "cut", "remove", "manifest", "folder"])

@@ -124,10 +124,12 @@ def test_local_norm_is_the_mean_of_means(two_processes, tmp_path):
     assert (mean_of_means - mean_of_all).abs() > 1e-5
 
 
+RESUMED = {"run__ema_decay": 0.5, "run__checkpoint_every": 3}
+
+
 def train_and_resume(world, folder, how):
     """A run in one go, and one that is stopped after three steps and goes on in a trainer of its own."""
-    changes = {"run__parallel": how, "run__ema_decay": 0.5, "run__checkpoint_every": 3}
-    recipe = train_runs.recipe("finetune", **changes)
+    recipe = train_runs.recipe("finetune", **RESUMED, run__parallel=how)
     assert train_runs.trainer(recipe, folder / "whole", world).run().finished
     first = train_runs.trainer(recipe, folder / "broken", world)
     step = first.train_step
@@ -146,7 +148,7 @@ def train_and_resume(world, folder, how):
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
-def test_resume_is_exact(how, two_processes, tmp_path):
+def test_resume_is_exact(how, two_processes, tmp_path, caplog):
     """A signal to one process stops both; the weights that come out are those of a run in one go."""
     for name in ("whole", "broken"):
         (tmp_path / name).mkdir()
@@ -159,3 +161,10 @@ def test_resume_is_exact(how, two_processes, tmp_path):
     assert len(curves[0]) == 6
     for name in ("model.safetensors", "model_ema.safetensors"):
         assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    if how == "ddp":  # one process can go on with it, and says what that changes
+        alone = train_runs.trainer(train_runs.recipe("finetune", **RESUMED), tmp_path / "broken")
+        assert alone.step == 6
+        assert "another number of processes" in caplog.text
+    else:
+        with pytest.raises(ValueError, match=r"run\.parallel must agree"):
+            train_runs.trainer(train_runs.recipe("finetune", **RESUMED), tmp_path / "broken")

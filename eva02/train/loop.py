@@ -8,6 +8,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import json
+import logging
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from eva02.train.state import CheckpointStore, rng_state, seed_everything, set_r
 
 if TYPE_CHECKING:
     from eva02.data import TrainLoader
+
+_logger = logging.getLogger(__name__)
 
 Batch = dict[str, Tensor]
 INTERRUPTED = 75
@@ -397,7 +400,7 @@ class Trainer:
         path = store.newest()
         if path is None:
             return
-        shared, own = store.load(path)
+        shared, own, same_processes = store.load(path)
         before, now = json.loads(shared["recipe"]), json.loads(self._identity())
         changed = [f"{name}: {before.get(name)} -> {now.get(name)}" for name in sorted({*before, *now})
                    if before.get(name) != now.get(name)]  # fmt: skip
@@ -426,10 +429,10 @@ class Trainer:
                 self.ema.module.load_state_dict(shared["ema"])
         self.scaler.load_state_dict(shared["scaler"])
         self.step = shared["step"]
-        if own is not None:
+        if same_processes:
             set_rng_state(own["rng"])
-        else:  # a process that the run did not have before: its own draws, from here on
-            own = torch.load(path / "rank-0.pt", weights_only=True)
+        else:  # other samples are each process's: draws begin anew
+            _logger.warning("%s is of another number of processes; what is drawn for drop path is not the same", path)
             seed_everything(self.recipe.run.seed + self.world.rank + 1_000_003 * self.step)
         self.loader.load_state_dict(own["loader"])
 
