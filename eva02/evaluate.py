@@ -62,9 +62,10 @@ class Task:
     """Logits that compete; None for all."""
     expected: int | None = None
     """Images that count, in the published data set."""
+    imagenet: bool = False
+    """Zero-shot classification uses CLIP's names of ImageNet's classes and its 80 prompts, else the source's names."""
     names: Sequence[str] | None = None
-    """Of the classes that zero-shot classification chooses from; None: CLIP's of ImageNet where there are 1000, else
-    the source's."""
+    """Names instead of those."""
 
     @property
     def counted(self) -> Sequence[int]:
@@ -132,14 +133,16 @@ def _folder(location: str, args: Any) -> Task:
 def _wordnet(expected: int) -> Callable[[str, Any], Task]:
     def task(location: str, args: Any) -> Task:
         source = _folders(location)
-        return Task(source, _by_folder(source, _in(_imagenet_ids(), location)), 1000, expected=expected)
+        labels = _by_folder(source, _in(_imagenet_ids(), location))
+        return Task(source, labels, 1000, expected=expected, imagenet=True)
 
     return task
 
 
 def _numbered(location: str, args: Any) -> Task:
     source = _folders(location)
-    return Task(source, _by_folder(source, _in([str(i) for i in range(1000)], location)), 1000, expected=10_000)
+    labels = _by_folder(source, _in([str(i) for i in range(1000)], location))
+    return Task(source, labels, 1000, expected=10_000, imagenet=True)
 
 
 def _subset(name: str, expected: int) -> Callable[[str, Any], Task]:
@@ -148,7 +151,7 @@ def _subset(name: str, expected: int) -> Callable[[str, Any], Task]:
         ids = sorted(_timm_data(f"imagenet_{name}_synsets.txt").split())
         numbers = {wordnet_id: number for number, wordnet_id in enumerate(_imagenet_ids())}
         subset = [numbers[wordnet_id] for wordnet_id in ids]
-        return Task(source, _by_folder(source, _in(ids, location)), 1000, subset, expected)
+        return Task(source, _by_folder(source, _in(ids, location)), 1000, subset, expected, imagenet=True)
 
     return task
 
@@ -163,7 +166,7 @@ def _real(location: str, args: Any) -> Task:
         if match is None or not 1 <= int(match[1]) <= len(stored):
             raise ValueError(f"{source.name(index)} is no image of ImageNet's validation set")
         labels.append(tuple(stored[int(match[1]) - 1]))
-    return Task(source, labels, 1000, expected=sum(bool(x) for x in stored))
+    return Task(source, labels, 1000, expected=sum(bool(x) for x in stored), imagenet=True)
 
 
 def _objectnet(location: str, args: Any) -> Task:
@@ -194,8 +197,8 @@ def _objectnet(location: str, args: Any) -> Task:
     names = [objects[folder].lower() for folder in mapped]
     labels = _by_folder(source, class_of)
     if zero_shot:
-        return Task(source, labels, len(names), expected=18_574, names=names)
-    return Task(source, labels, 1000, expected=18_574)
+        return Task(source, labels, len(names), expected=18_574, imagenet=True, names=names)
+    return Task(source, labels, 1000, expected=18_574, imagenet=True)
 
 
 PROTOCOLS: dict[str, Callable[[str, Any], Task]] = {
@@ -266,11 +269,8 @@ class ZeroShot(nn.Module):
         super().__init__()
         from eva02.clip import class_embeddings, imagenet_prompts
 
-        names: Sequence[str] = task.names or task.source.classes or ()
-        templates: Sequence[Any] = prompts
-        if task.num_classes == 1000 or task.names:
-            imagenet_names, templates = imagenet_prompts()
-            names = task.names or imagenet_names
+        names, templates = imagenet_prompts() if task.imagenet else (task.source.classes, prompts)
+        names = task.names or names
         if not names:
             raise ValueError("zero-shot classification needs names of the classes, and the data has none")
         self.model = model
@@ -316,10 +316,11 @@ def evaluate(
     num_workers: int = 0,
     world: World = _ALONE,
 ) -> Result:
-    """Evaluate a classifier in evaluation mode.
+    """Evaluate a classifier.
 
     Args:
-        model: images (B, 3, H, W) -> logits (B, classes); its device and dtype are those of its parameters.
+        model: images (B, 3, H, W) -> logits (B, classes); its device and dtype are those of its parameters. It is put
+            into evaluation mode.
         transform: an `EvalTransform`, or what is called as that.
         batch_size: of each process.
         world: processes that share the images; all get the result.
@@ -335,6 +336,7 @@ def evaluate(
     counted = task.counted
     if not counted:
         raise ValueError(f"{location} has no image that counts")
+    model.eval()
     parameter = next(model.parameters())
     # In torch.distributed's processes `compute` takes the mean over all of them.
     top1, top5 = (MeanMetric().set_dtype(torch.float64).to(parameter.device) for _ in range(2))
@@ -352,13 +354,14 @@ def evaluate(
             top1.update(count_hits(logits, labels, 1).double())
             top5.update(count_hits(logits, labels, min(5, competing)).double())
     speed = world.sum_(torch.tensor(watch.throughput, device=parameter.device)).item()
+    share1, share5 = top1.compute().item(), top5.compute().item()  # by every process: they communicate
     return Result(
         protocol,
         location,
         images=len(counted),
         expected=task.expected,
-        top1=100 * top1.compute().item(),
-        top5=100 * top5.compute().item() if competing > 5 else None,
+        top1=100 * share1,
+        top5=100 * share5 if competing > 5 else None,
         total_throughput=len(counted) / (time.perf_counter() - begin),
         model_throughput=speed or None,
     )

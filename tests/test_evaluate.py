@@ -14,7 +14,7 @@ from torch import nn
 
 pytest.importorskip("timm")
 pytest.importorskip("torchmetrics")
-import eva02
+import eva02.clip
 from eva02.cli import main
 from eva02.data import EvalTransform
 from eva02.evaluate import ZeroShot, count_hits, evaluate, open_task
@@ -138,7 +138,8 @@ def test_objectnet(tmp_path):
         assert accuracy("objectnet", location, {1: [703], 2: [892]}) == (2, 100.0, 100.0)
     assert accuracy("objectnet", root, {1: [892], 2: [530, 892]}) == (2, 0.0, 50.0)  # the first label alone counts
     zero_shot = open_task("objectnet", str(root), SimpleNamespace(zero_shot=True))
-    assert zero_shot.names == ["bench", "clock"] and zero_shot.labels == [(), (0,), (1,)] and zero_shot.num_classes == 2
+    assert zero_shot.imagenet and zero_shot.names == ["bench", "clock"]
+    assert zero_shot.num_classes == 2 and zero_shot.labels == [(), (0,), (1,)]
     mappings.rename(tmp_path / "elsewhere")
     with pytest.raises(FileNotFoundError, match="--objectnet-mappings tells where"):
         open_task("objectnet", str(root))
@@ -216,9 +217,34 @@ def test_clip_models_classify_by_names(tmp_path):
             nearest = (model.encode_image(batch["image"], normalize=True) @ classes.T).argmax(1)
             hits += int((nearest == batch["label"]).sum())
     assert result.images == 360 and result.top1 == pytest.approx(100 * hits / 360)
-    task.num_classes, task.source.classes = None, None
+    assert torch.equal(ZeroShot(loaded, task, prompts).classes, classes)
+    task.source.classes = None
     with pytest.raises(ValueError, match="needs names of the classes, and the data has none"):
         ZeroShot(loaded, task)
+
+
+def test_imagenets_prompts_are_clips(tmp_path, monkeypatch):
+    for value, name in enumerate(IDS):
+        write_image(tmp_path / name / "x.png", value)
+
+    class Towers(nn.Module):
+        """A text is the sum of its tokens."""
+
+        def __init__(self):
+            super().__init__()
+            self.logit_scale = nn.Parameter(torch.zeros(()))
+            self.config = SimpleNamespace(text=SimpleNamespace(context_length=77))
+            self.seen = 0
+
+        def encode_text(self, tokens, normalize):
+            self.seen += len(tokens)
+            return nn.functional.normalize(tokens[:, :16].float(), dim=-1)
+
+    monkeypatch.setattr(eva02.clip, "imagenet_prompts", lambda: (["a", "b", "c"], ["{}", "the {}"]))
+    for protocol, classes, prompts in (("imagenet", 3, 6), ("folder", 5, 5)):
+        towers = Towers()
+        assert ZeroShot(towers, open_task(protocol, str(tmp_path))).classes.shape == (classes, 16)
+        assert towers.seen == prompts
 
 
 def test_a_clip_run_is_evaluated_as_it_trained(tmp_path, capsys):
