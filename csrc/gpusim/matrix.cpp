@@ -82,12 +82,14 @@ template <int N>
 void multiply(const Product& p, u64 perturbation, const double* a, const double* b, double* sum) {
   const int k = p.k;
   if (perturbation == 0 || is_integer(p.a)) {
-    for (int i = 0; i < p.m; ++i) {
-      double row[N];
-      memcpy(row, sum + i * N, sizeof(row));
+    constexpr int kRows = 4;  // at once
+    for (int i = 0; i < p.m; i += kRows) {
+      double rows[kRows][N];
+      memcpy(rows, sum + i * N, sizeof(rows));
       for (int q = 0; q < k; ++q)
-        for (int j = 0; j < N; ++j) row[j] = __builtin_fma(a[i * k + q], b[q * N + j], row[j]);  // the product is exact
-      memcpy(sum + i * N, row, sizeof(row));
+        for (int r = 0; r < kRows; ++r)  // the product is exact
+          for (int j = 0; j < N; ++j) rows[r][j] = __builtin_fma(a[(i + r) * k + q], b[q * N + j], rows[r][j]);
+      memcpy(sum + i * N, rows, sizeof(rows));
     }
     return;
   }

@@ -596,10 +596,7 @@ void async_copy(Warp& w, const Op& op, u32 mask) {
       reading |= 1u << l;
       c.bytes += size;
     }
-    // Nobody may use these bytes from now until the wait, and a barrier for other threads.
-    cta.serial += 1;
-    cta.write_shared(w, op, l, copy.shared, nullptr, nullptr, bytes);
-    for (u32 b = 0; b < bytes; ++b) cta.in_flight[copy.shared + b] += 1;
+    cta.start_copy(w, op, l, copy.shared, bytes);
     w.copies.push_back(copy);
   }
   count_sectors(c, from, reading, bytes);
@@ -630,23 +627,22 @@ void load_matrix(Warp& w, const Op& op, u32) {
     count_wavefronts(one, rows, 0xff, 16);
     c.wavefronts += one.wavefronts;
     c.bytes += 128;
-    bool all = true;
-    u8 valid[kLanes];
-    for (int l = 0; l < kLanes; ++l) {
-      u32 v = 0;
-      u8 bits = 0;
+    u16 elements[8][8], turned[8][8];
+    u8 known[8][16];
+    for (int i = 0; i < 8; ++i) {
+      memcpy(elements[i], cta.shared.data() + rows[i], 16);
+      memcpy(known[i], cta.shared_valid.data() + rows[i], 16);
+    }
+    for (int i = 0; i < 8 && op.transposed; ++i)
+      for (int j = 0; j < 8; ++j) turned[j][i] = elements[i][j];
+    memcpy(w.reg<u32>(op, m), op.transposed ? turned : elements, sizeof(elements));
+    const bool all = memchr(known, 0, sizeof(known)) == nullptr;
+    u8 valid[kLanes] = {};
+    for (int l = 0; l < kLanes && !all; ++l)
       for (int h = 0; h < 2; ++h) {
         const int row = op.transposed ? 2 * (l % 4) + h : l / 4, column = op.transposed ? l / 4 : 2 * (l % 4) + h;
-        const u64 at = rows[row] + 2 * static_cast<u64>(column);
-        u16 e;
-        memcpy(&e, cta.shared.data() + at, 2);
-        v |= static_cast<u32>(e) << (16 * h);
-        bits |= static_cast<u8>(valid_bytes(cta.shared_valid, at, 2) << (2 * h));
+        for (int b = 0; b < 2; ++b) valid[l] |= static_cast<u8>((known[row][2 * column + b] != 0) << (2 * h + b));
       }
-      w.reg<u32>(op, m)[l] = v;
-      valid[l] = bits;
-      all = all && bits == 0x0f;
-    }
     set_loaded(w, op, kAllLanes, m, valid, all);
   }
 }
