@@ -152,6 +152,15 @@ void count_wavefronts(OpCounters& c, const u64* offsets, u32 mask, u32 bytes) {
     const u32 phase = lanes == 32 ? mask : mask >> first & ((1u << lanes) - 1);
     if (phase == 0) continue;
     c.ideal_wavefronts += 1;
+    if (bytes == 4 || bytes == 8 || bytes == 16) {  // as a rule every lane has banks of its own
+      u32 taken = 0;
+      for (int l = 0; l < lanes; ++l)
+        if (phase >> l & 1) taken |= 1u << (offsets[first + l] / bytes % (128 / bytes));
+      if (std::popcount(taken) == std::popcount(phase)) {
+        c.wavefronts += 1;
+        continue;
+      }
+    }
     u32 words[kLanes][kLanes];
     u8 count[kLanes] = {};
     u32 most = 1;
@@ -182,6 +191,10 @@ void count_access(OpCounters& c, Space space, const Addresses& a, u32 mask, u32 
 
 // Elements of an access in the registers of one lane.
 inline void put_element(Warp& w, const Op& op, int reg, int lane, const u8* bytes) {
+  if (op.width == 4 && !op.wide) {
+    memcpy(&w.reg<u32>(op, reg)[lane], bytes, 4);
+    return;
+  }
   u64 v = 0;
   memcpy(&v, bytes, op.width);
   if (op.sign && op.width < 8) {
@@ -267,7 +280,7 @@ void load_from(Warp& w, const Op& op, u32 mask, Space space, const Addresses& a)
         k += n + 1;
       }
     };
-    u8 raw[64] = {}, known[64] = {};
+    u8 raw[64], known[64];
     bool racy = false;
     if (shared) {
       offset = a.lane[l];
@@ -299,18 +312,27 @@ void load_from(Warp& w, const Op& op, u32 mask, Space space, const Addresses& a)
       shadow = &r->valid;
       in_runs([&](u32 k, u32 n) { racy = !follow_read(w, op, l, *r, offset + k, n) || racy; });
     }
+    const u8 element = op.width == 8 ? kWhole : static_cast<u8>((1u << op.width) - 1);
     if (span == bytes && op.used_bytes == ~0ull) {
+      if (!racy && (shadow->empty() || memchr(shadow->data() + offset, 0, bytes) == nullptr)) {
+        for (int i = 0; i < op.vector; ++i) {
+          put_element(w, op, i, l, data + i * op.width);
+          valid[i][l] = element;
+        }
+        continue;
+      }
       memcpy(raw, data, bytes);
       if (shadow->empty())
         memset(known, 1, bytes);
       else
         memcpy(known, shadow->data() + offset, bytes);
     } else {
+      memset(raw, 0, sizeof(raw));
+      memset(known, 0, sizeof(known));
       for (u32 k = begin; k < end; ++k)
         if (used >> k & 1) raw[k] = data[k], known[k] = shadow->empty() ? 1 : (*shadow)[offset + k];
     }
     if (racy) memset(known, 0, bytes);
-    const u8 element = op.width == 8 ? kWhole : static_cast<u8>((1u << op.width) - 1);
     for (int i = 0; i < op.vector; ++i) {
       const u32 at = static_cast<u32>(i) * op.width;
       put_element(w, op, i, l, raw + at);
