@@ -132,6 +132,14 @@ def test_accumulated_parts_are_one_step(task):
         torch.testing.assert_close(parts[name], value, rtol=1e-4, atol=1e-5 * value.abs().max().item(), msg=name)
 
 
+def test_the_trained_model_of_a_grid_that_is_not_square_loads(tmp_path):
+    recipe = train_runs.recipe("finetune", model__img_size="8x12", schedule__steps=1)
+    train_runs.trainer(recipe, tmp_path).run()
+    model = eva02.create_model(recipe.model.name, **{**recipe.model.options, "img_size": 16})
+    report = eva02.load_checkpoint(model, tmp_path / "model.safetensors")
+    assert report.resized == ["pos_embed 4x6 -> 8x8 (timm)"]
+
+
 def test_what_is_frozen_stays():
     """Without a gradient there is no weight decay either: fine-tuning leaves the patch projection as it was."""
     for changes, moves in (
@@ -196,8 +204,7 @@ def uninterrupted(tmp_path_factory):
 
 def assert_same_run(folder, reference):
     assert losses(folder) == losses(reference)
-    for name in ("model.safetensors", "model_ema.safetensors"):
-        assert (folder / name).read_bytes() == (reference / name).read_bytes()
+    train_runs.assert_same_weights(folder, reference)
 
 
 @pytest.mark.parametrize("task", TASKS)

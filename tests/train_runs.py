@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -83,3 +84,13 @@ def parameters(model: nn.Module) -> dict[str, Tensor]:
 
 def classifier(**options: Any) -> eva02.Eva02:
     return eva02.create_model(recipe("finetune").model.name, **{**recipe("finetune").model.options, **options})
+
+
+def assert_same_weights(folder: Path, reference: Path) -> None:
+    """The trained models of two runs, averaged ones too, to the bit."""
+    names = sorted(path.name for path in reference.glob("*.safetensors"))
+    assert names
+    for name in names:
+        found, expected = (safetensors.torch.load_file(place / name) for place in (folder, reference))
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], value) for key, value in expected.items()), name

@@ -9,6 +9,7 @@ import abc
 import contextlib
 import json
 import logging
+import math
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -295,32 +296,28 @@ class Trainer:
         table = self.world.sum_(torch.cat([values, told])).tolist()
         self._stop = table.pop()[0] > 0
         positions, self._unread, self._positions = self._positions, [], []
-        for line, (loss, norm) in zip(lines, table, strict=True):
-            line |= {"loss": loss, "grad_norm": norm if torch.isfinite(torch.tensor(norm)) else None}
-        seconds, shares = self.clock.take()
-        self.losses += [line["loss"] for line in lines]
         for line, (loss, norm), position in zip(lines, table, positions, strict=True):
-            finite = torch.tensor([loss] if self.scaler.is_enabled() else [loss, norm]).isfinite().all()
-            if not finite:
+            # Under a loss scale a gradient may overflow: its step was left out, and the scale is lower.
+            if not (math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled())):
                 self._dump(line["step"], loss, norm, position)
+            line |= {"loss": loss, "grad_norm": norm if math.isfinite(norm) else None}
+            self.losses.append(loss)
+        seconds, shares = self.clock.take()
         if self.reporter is not None:
             if self.scaler.is_enabled():
                 lines[-1]["loss_scale"] = self.scaler.get_scale()
             self.reporter.steps(lines)
-            images = len(lines) * self.recipe.data.batch_size
-            flops = self.task.flops()
-            rate = None if flops is None else flops * images / self.world.size
-            self.reporter.window(
-                self.step,
-                lines[-1]["loss"],
-                {
-                    "epoch": round(self.step / self.loader.steps_per_epoch, 3),
-                    "images_per_s": round(images / seconds, 2),
-                    "seconds_per_step": round(seconds / len(lines), 5),
-                    "mfu": mfu(rate, seconds, self._peak),
-                    "shares": shares,
-                },
-            )
+            self.reporter.window(self.step, lines[-1]["loss"], {**self._speed(len(lines), seconds), "shares": shares})
+
+    def _speed(self, steps: int, seconds: float) -> dict[str, float | None]:
+        images = steps * self.recipe.data.batch_size
+        flops = self.task.flops()
+        return {
+            "epoch": round(self.step / self.loader.steps_per_epoch, 3),
+            "images_per_s": round(images / seconds, 2),
+            "seconds_per_step": round(seconds / steps, 5),
+            "mfu": mfu(None if flops is None else flops * images / self.world.size, seconds, self._peak),
+        }
 
     def _dump(self, step: int, loss: float, norm: float, position: dict[str, Any]) -> None:
         """Save the batch of a step whose loss or gradient is not finite, and raise."""
@@ -442,5 +439,5 @@ class Trainer:
         for name, model in models.items():
             state = self.parallel.full_state(model)
             if self.world.is_main:
-                save_checkpoint(state, output / f"{name}.safetensors")
+                save_checkpoint(model, output / f"{name}.safetensors", state=state)
         self.world.barrier()
