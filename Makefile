@@ -84,7 +84,7 @@ test-sanitizers: gpusim
 	  -DPython3_EXECUTABLE=$(abspath $(PYTHON)) -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV)/bin/ninja) > /dev/null
 	$(VENV)/bin/ninja -C $(SANITIZED) _core
 	env LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  EVA02_GPUSIM_CORE=$(SANITIZED) $(PYTHON) -m pytest -q -p no:faulthandler tests/test_gpusim.py \
+	  EVA02_GPUSIM_CORE=$(SANITIZED) $(PYTHON) -m pytest -q --capture=sys -p no:faulthandler tests/test_gpusim.py \
 	  tests/test_gpusim_faults.py tests/test_gpusim_instructions.py tests/test_gpusim_matrices.py tests/test_gpusim_fuzz.py
 
 # On a machine with a GPU: the same contract suite and what only a GPU can show, then the benchmarks, whose JSON is to be

@@ -6,15 +6,15 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
-import eva02
+import eva02.clip
 from eva02 import evaluate, features
 from eva02.checkpoint import command as convert
 from eva02.options import model_options, overrides
-from eva02.train import finetune, pretrain
+from eva02.train import clip, finetune, pretrain
 
-_COMMANDS = (convert, features, pretrain, finetune, evaluate)
+_COMMANDS = (convert, features, pretrain, finetune, clip, evaluate)
 """Modules that have a command of their own: `add_command(commands)` adds its parser, whose default `run` is called."""
 
 
@@ -34,14 +34,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _info(args: argparse.Namespace) -> None:
-    """List the models and their sizes. Options describe a variation of them."""
-    names = eva02.list_models(args.model or "*")
+    """List the models and their sizes, of CLIP those of its vision tower. Options describe a variation of them."""
+    clips = [] if args.mim else eva02.clip.list_models(args.model or "*")
+    names = eva02.list_models(args.model or "*") + clips
     if not names:
         raise ValueError(f"no model matches {args.model!r}; 'eva02 info' lists them all")
     rows = []
     for name in names:
-        model = eva02.create_model(name, device="meta", **overrides(args))
-        config = model.config
+        create = eva02.clip.create_model if name in clips else eva02.create_model
+        model = create(name, device="meta", **overrides(args))
+        tower: Any = getattr(model, "visual", model)
+        config = tower.config
         rows.append(
             {
                 "name": name,
@@ -58,13 +61,13 @@ def _info(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(rows, indent=1))
         return
-    print(f"{'model':30} {'parameters':>12} {'image':>9} {'patch':>6}   dim depth heads hidden head")
+    print(f"{'model':30} {'parameters':>13} {'image':>9} {'patch':>6}   dim depth heads hidden head")
     for row in rows:
         image, patch = (
             "x".join(str(n) for n in cast("tuple[int, int]", row[key])) for key in ("img_size", "patch_size")
         )
         print(
-            f"{row['name']:30} {row['params']:12,} {image:>9} {patch:>6} {row['embed_dim']:5} {row['depth']:5} "
+            f"{row['name']:30} {row['params']:13,} {image:>9} {patch:>6} {row['embed_dim']:5} {row['depth']:5} "
             f"{row['num_heads']:5} {row['hidden']:6} {row['head'] or '-'}"
         )
 
@@ -74,6 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         return args.run(args) or 0
+    except ModuleNotFoundError as error:
+        print(f"eva02 {args.command}: {error}; pip install 'eva02-kernels[train]'", file=sys.stderr)
+        return 1
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
         print(f"eva02 {args.command}: {error}", file=sys.stderr)
         return 1

@@ -9,6 +9,9 @@
 | imagenet-a, imagenet-r | folders of WordNet ids | their 200 alone compete | the class |
 | objectnet | images/ and mappings/ of objectnet-1.0 | 1000 | the first mapped class; unmapped folders are skipped |
 
+A CLIP model is evaluated zero-shot: its classes are names in CLIP's 80 prompts of ImageNet, or in `--prompt` for other
+data; on ObjectNet it chooses among the 113 mapped classes by their names there.
+
 Labels of ReaL and class lists of A and R come with timm, ObjectNet's mapping with its images, which keep their red
 border here as in EVA-02's evaluation.
 
@@ -35,11 +38,12 @@ from torch import Tensor, nn
 
 from eva02.files import atomic_file
 from eva02.options import LAYOUTS, loading, loading_options, model_options, overrides
-from eva02.runs import load_model
+from eva02.runs import is_clip, is_run, load_model, run_recipe
 from eva02.train.distributed import World, started
 
 Labels = tuple[int, ...]
 _ALONE = World()
+_PROMPT = "a photo of a {}."
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -58,6 +62,10 @@ class Task:
     """Logits that compete; None for all."""
     expected: int | None = None
     """Images that count, in the published data set."""
+    imagenet: bool = False
+    """Zero-shot classification uses CLIP's names of ImageNet's classes and its 80 prompts, else the source's names."""
+    names: Sequence[str] | None = None
+    """Names instead of those."""
 
     @property
     def counted(self) -> Sequence[int]:
@@ -125,14 +133,16 @@ def _folder(location: str, args: Any) -> Task:
 def _wordnet(expected: int) -> Callable[[str, Any], Task]:
     def task(location: str, args: Any) -> Task:
         source = _folders(location)
-        return Task(source, _by_folder(source, _in(_imagenet_ids(), location)), 1000, expected=expected)
+        labels = _by_folder(source, _in(_imagenet_ids(), location))
+        return Task(source, labels, 1000, expected=expected, imagenet=True)
 
     return task
 
 
 def _numbered(location: str, args: Any) -> Task:
     source = _folders(location)
-    return Task(source, _by_folder(source, _in([str(i) for i in range(1000)], location)), 1000, expected=10_000)
+    labels = _by_folder(source, _in([str(i) for i in range(1000)], location))
+    return Task(source, labels, 1000, expected=10_000, imagenet=True)
 
 
 def _subset(name: str, expected: int) -> Callable[[str, Any], Task]:
@@ -141,7 +151,7 @@ def _subset(name: str, expected: int) -> Callable[[str, Any], Task]:
         ids = sorted(_timm_data(f"imagenet_{name}_synsets.txt").split())
         numbers = {wordnet_id: number for number, wordnet_id in enumerate(_imagenet_ids())}
         subset = [numbers[wordnet_id] for wordnet_id in ids]
-        return Task(source, _by_folder(source, _in(ids, location)), 1000, subset, expected)
+        return Task(source, _by_folder(source, _in(ids, location)), 1000, subset, expected, imagenet=True)
 
     return task
 
@@ -156,10 +166,11 @@ def _real(location: str, args: Any) -> Task:
         if match is None or not 1 <= int(match[1]) <= len(stored):
             raise ValueError(f"{source.name(index)} is no image of ImageNet's validation set")
         labels.append(tuple(stored[int(match[1]) - 1]))
-    return Task(source, labels, 1000, expected=sum(bool(x) for x in stored))
+    return Task(source, labels, 1000, expected=sum(bool(x) for x in stored), imagenet=True)
 
 
 def _objectnet(location: str, args: Any) -> Task:
+    """A CLIP model (`args.zero_shot`) chooses among ObjectNet's names of mapped classes, as in CLIP's evaluations."""
     root = Path(location)
     images = root / "images" if (root / "images").is_dir() else root
     mappings = Path(getattr(args, "objectnet_mappings", None) or images.parent / "mappings")
@@ -172,14 +183,22 @@ def _objectnet(location: str, args: Any) -> Task:
     logit_to_line = json.loads((mappings / "pytorch_to_imagenet_2012_id.json").read_text())
     classes = {names[int(line)]: int(logit) for logit, line in logit_to_line.items()}
 
+    mapped = sorted(folder for folder, name in objects.items() if name in imagenet_labels)
+    zero_shot = getattr(args, "zero_shot", False)
+
     def class_of(folder: str) -> Labels:
         if folder not in objects:
             raise ValueError(f"{images}: folder {folder!r} is not in {mappings / 'folder_to_objectnet_label.json'}")
-        mapped = imagenet_labels.get(objects[folder])
-        return () if mapped is None else (classes[mapped.split("; ")[0]],)
+        if folder not in mapped:
+            return ()
+        return (mapped.index(folder) if zero_shot else classes[imagenet_labels[objects[folder]].split("; ")[0]],)
 
     source = _folders(str(images))
-    return Task(source, _by_folder(source, class_of), 1000, expected=18_574)
+    names = [objects[folder].lower() for folder in mapped]
+    labels = _by_folder(source, class_of)
+    if zero_shot:
+        return Task(source, labels, len(names), expected=18_574, imagenet=True, names=names)
+    return Task(source, labels, 1000, expected=18_574, imagenet=True)
 
 
 PROTOCOLS: dict[str, Callable[[str, Any], Task]] = {
@@ -199,7 +218,7 @@ def open_task(protocol: str, location: str, args: Any = None) -> Task:
 
     Args:
         args: may have the attributes `real_labels` (a JSON file of label lists instead of timm's), `objectnet_mappings`
-            (a folder) and `split`.
+            (a folder), `split`, and `zero_shot` (the classifier is a CLIP model's).
 
     Raises:
         ValueError: unknown protocol, or folders that are not those of its classes. FileNotFoundError: nothing there.
@@ -232,10 +251,33 @@ def count_hits(logits: Tensor, labels: Sequence[Labels], k: int) -> Tensor:
     """Whether one of the k largest logits belongs to the image's labels: (B, classes) -> (B,) bool."""
     member = torch.zeros(logits.shape, dtype=torch.bool)
     for row, classes in enumerate(labels):
-        if max(classes) >= logits.shape[1]:
-            raise ValueError(f"class {max(classes)} is none of the {logits.shape[1]} that the model tells apart")
+        for wrong in (label for label in classes if not 0 <= label < logits.shape[1]):
+            raise ValueError(f"class {wrong} is none of the {logits.shape[1]} that the model tells apart")
         member[row, list(classes)] = True
     return member.to(logits.device).gather(1, logits.topk(k).indices).any(1)
+
+
+class ZeroShot(nn.Module):
+    """A CLIP model as a classifier of a task's classes: images (B, 3, H, W) -> 100 cosines (B, classes).
+
+    Args:
+        model: `eva02.clip.Clip`, on its device.
+        prompts: templates of classes that are not ImageNet's; those have CLIP's 80.
+    """
+
+    def __init__(self, model: Any, task: Task, prompts: Sequence[str] = (_PROMPT,)) -> None:
+        super().__init__()
+        from eva02.clip import class_embeddings, imagenet_prompts
+
+        names, templates = imagenet_prompts() if task.imagenet else (task.source.classes, prompts)
+        names = task.names or names
+        if not names:
+            raise ValueError("zero-shot classification needs names of the classes, and the data has none")
+        self.model = model
+        self.classes = class_embeddings(model, names, templates)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return 100 * self.model.encode_image(images, normalize=True).float() @ self.classes.T
 
 
 class _Stopwatch:
@@ -274,10 +316,11 @@ def evaluate(
     num_workers: int = 0,
     world: World = _ALONE,
 ) -> Result:
-    """Evaluate a classifier in evaluation mode.
+    """Evaluate a classifier.
 
     Args:
-        model: images (B, 3, H, W) -> logits (B, classes); its device and dtype are those of its parameters.
+        model: images (B, 3, H, W) -> logits (B, classes); its device and dtype are those of its parameters. It is put
+            into evaluation mode.
         transform: an `EvalTransform`, or what is called as that.
         batch_size: of each process.
         world: processes that share the images; all get the result.
@@ -293,6 +336,7 @@ def evaluate(
     counted = task.counted
     if not counted:
         raise ValueError(f"{location} has no image that counts")
+    model.eval()
     parameter = next(model.parameters())
     # In torch.distributed's processes `compute` takes the mean over all of them.
     top1, top5 = (MeanMetric().set_dtype(torch.float64).to(parameter.device) for _ in range(2))
@@ -310,13 +354,14 @@ def evaluate(
             top1.update(count_hits(logits, labels, 1).double())
             top5.update(count_hits(logits, labels, min(5, competing)).double())
     speed = world.sum_(torch.tensor(watch.throughput, device=parameter.device)).item()
+    share1, share5 = top1.compute().item(), top5.compute().item()  # by every process: they communicate
     return Result(
         protocol,
         location,
         images=len(counted),
         expected=task.expected,
-        top1=100 * top1.compute().item(),
-        top5=100 * top5.compute().item() if competing > 5 else None,
+        top1=100 * share1,
+        top5=100 * share5 if competing > 5 else None,
         total_throughput=len(counted) / (time.perf_counter() - begin),
         model_throughput=speed or None,
     )
@@ -351,6 +396,11 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--dtype", choices=tuple(_DTYPES), default="float32", help="of the model (default %(default)s)")
     parser.add_argument("--csv", metavar="FILE", help="write the table")
     parser.add_argument("--json", metavar="FILE", help="write the table and what it was measured with")
+    parser.add_argument(
+        "--prompt",
+        nargs="+",
+        help="of a CLIP model, for classes that are not ImageNet's (default: the run's, else 'a photo of a {}.')",
+    )
     parser.add_argument("--real-labels", metavar="JSON", help="ReaL's labels instead of those that timm ships")
     parser.add_argument("--objectnet-mappings", metavar="FOLDER", help="where it does not lie beside the images")
     model_options(parser, classes=False)
@@ -360,8 +410,8 @@ def add_command(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    """Evaluate a classifier: top-1 and top-5 in percent, and images per second, of the model alone and with reading.
-    Under torchrun the processes share the images."""
+    """Evaluate a classifier, or a CLIP model zero-shot: top-1 and top-5 in percent, and images per second, of the model
+    alone and with reading. Under torchrun the processes share the images."""
     if args.batch_size < 1:
         raise ValueError(f"--batch-size must be positive, got {args.batch_size}")
     with started(args.device) as world:
@@ -371,6 +421,7 @@ def _run(args: argparse.Namespace) -> None:
 def _evaluate_all(args: argparse.Namespace, world: World) -> None:
     from eva02.data import EvalTransform
 
+    args.zero_shot = is_clip(args.model)
     tasks = []
     for item in args.data:  # all are opened before the first is evaluated: a wrong path is told at once
         protocol, separator, location = item.partition("=")
@@ -381,11 +432,13 @@ def _evaluate_all(args: argparse.Namespace, world: World) -> None:
     model.eval().to(world.device, _DTYPES[args.dtype])
     if world.is_main:
         print(report, _HEADER, sep="\n")
-    transform = EvalTransform(model.img_size, args.crop, args.crop_pct)
+    tower = model.visual if args.zero_shot else model
+    transform = EvalTransform(tower.img_size, args.crop, args.crop_pct)
     results = []
     for protocol, location, task in tasks:
         options = {"batch_size": args.batch_size, "num_workers": args.num_workers, "world": world}
-        results.append(evaluate(model, task, transform, protocol=protocol, location=location, **options))
+        classifier = ZeroShot(model, task, _prompts(args)) if args.zero_shot else model
+        results.append(evaluate(classifier, task, transform, protocol=protocol, location=location, **options))
         if world.is_main:
             print(_line(results[-1]))
     if not world.is_main:
@@ -396,6 +449,12 @@ def _evaluate_all(args: argparse.Namespace, world: World) -> None:
     if args.json:
         with atomic_file(args.json) as file:
             file.write(json.dumps(_report(args, world, results), indent=1).encode())
+
+
+def _prompts(args: argparse.Namespace) -> Sequence[str]:
+    if args.prompt:
+        return args.prompt
+    return (run_recipe(args.model).clip.prompt,) if is_run(args.model) else (_PROMPT,)
 
 
 _HEADER = f"{'protocol':16} {'top-1':>7} {'top-5':>7} {'images':>7} {'img/s':>9} {'model img/s':>12}  location"

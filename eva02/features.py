@@ -11,7 +11,7 @@ import torch
 
 from eva02.images import find_images, load_image
 from eva02.options import LAYOUTS, loading, loading_options, model_options, overrides
-from eva02.runs import load_model
+from eva02.runs import is_clip, load_model
 from eva02.train.distributed import choose_device
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -74,8 +74,10 @@ def _write_pooled(args: argparse.Namespace) -> None:
     paths = find_images(args.images)
     if not paths:
         raise ValueError("no image found")
-    pooling = {"head": "classifier", "num_classes": 0}
+    # A CLIP tower pools by its projection, any other by what its classifier would be given.
+    pooling = {} if is_clip(args.model) else {"head": "classifier", "num_classes": 0}
     model, report = load_model(args.model, args.checkpoint, **{**overrides(args), **pooling}, **loading(args))
+    model = getattr(model, "visual", model)
     print(report)
     model.eval().to(args.device)
     features = []
@@ -124,7 +126,7 @@ def _write_cache(args: argparse.Namespace) -> None:
     needed, free = total * writer.spec.sample_bytes, shutil.disk_usage(args.out).free
     print(
         f"{args.out}: {len(pending)} of {len(writer.spec.shards)} shards to write, {total} crops, "
-        f"{needed / 2**30:.2f} GiB; {free / 2**30:.2f} GiB are free"
+        f"{needed / 2**30:.3g} GiB; {free / 2**30:.3g} GiB are free"
     )
     bad: dict[str, str] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))

@@ -212,7 +212,7 @@ class Eva02(nn.Module):
         """Regular expressions that assign parameters to layers, for layer-wise learning rates (timm's format)."""
         return {
             "stem": r"^cls_token|pos_embed|patch_embed|mask_token",
-            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+            "blocks": r"^blocks\.(\d+)",  # the rest, with the final norm, is the last layer, as upstream
         }
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -159,7 +159,14 @@ class Clip:
     vision_layer_decay: float = 0.85
     text_layer_decay: float = 0.75
     patch_dropout: float = 0.0
-    smoothing: float = 0.0
+    """Share of the patches that a training image loses."""
+    prompt: str = "a photo of a {}."
+    """Text of a class, where the data has classes and no captions."""
+    text_width: int | None = None
+    """The text tower's, where it differs from the model's; so are the next three."""
+    text_depth: int | None = None
+    text_heads: int | None = None
+    context_length: int | None = None
     samples_seen: int = 0
     """Of the published model, by its name; for g/14+ and E/14+ more than the published command's epochs come to."""
 
@@ -634,6 +641,24 @@ _PRESETS["eva02_digits"] = FinetuneRecipe(
     optimizer=Optimizer(lr=1e-3, betas=(0.9, 0.98), clip_grad=3.0),
     schedule=Schedule(epochs=30, warmup_epochs=3, min_lr=1e-5),
     run=Run(**_DIGITS_RUN, eval_every=5),
+)
+_PRESETS["eva02_digits_clip"] = ClipRecipe(
+    model=Model("EVA02-CLIP-B-16", {**_DIGITS_MODEL, "num_classes": 64, "head_init_scale": 1.0}),
+    data=Data(**_DIGITS_DATA, crop_scale=(0.6, 1.0), hflip=0.0),
+    optimizer=Optimizer(lr=1e-3, betas=(0.9, 0.98), clip_grad=3.0),
+    schedule=Schedule(epochs=20, warmup_epochs=2, min_lr=1e-5),
+    run=Run(**_DIGITS_RUN, eval_every=5),
+    clip=Clip(
+        vision_lr=1e-3,
+        text_lr=1e-3,
+        vision_layer_decay=1.0,
+        text_layer_decay=1.0,
+        prompt="the digit {}.",
+        text_width=64,
+        text_depth=2,
+        text_heads=2,
+        context_length=8,
+    ),
 )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import eva02
 import eva02.clip
 from eva02.images import CLIP_MEAN, CLIP_STD
-from eva02.runs import is_run, load_model
+from eva02.runs import is_clip, is_run, load_model
 
 PatchFeatures = Callable[[Tensor], Tensor]
 RANDOM = "random"
@@ -144,8 +144,8 @@ def create_teacher(
 
     Args:
         name: a vision model of ours, the vision tower of "EVA01-CLIP-g-14" and the like, one of another library
-            ("timm:eva_giant_patch14_clip_224", "open_clip:EVA01-g-14"), or the folder of a training run, whose
-            classifier is left out.
+            ("timm:eva_giant_patch14_clip_224", "open_clip:EVA01-g-14"), or the folder of a training run: of a
+            classifier, without its head, or of a CLIP model.
         checkpoint: file with its weights; for open_clip also a tag of its own; "random" for weights drawn with seed 0,
             the same in every process; None for a run's own.
         img_size: pixels; None for the name's.
@@ -187,7 +187,7 @@ def _from_eva02(name: str, checkpoint: str | None, img_size: Any) -> nn.Module:
         return tower
     if checkpoint == RANDOM:
         return eva02.create_model(name, **options)
-    if is_run(name):
+    if is_run(name) and not is_clip(name):
         options |= {"head": "classifier", "num_classes": 0}
     return load_model(name, checkpoint, **options)[0]
 

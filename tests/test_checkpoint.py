@@ -604,5 +604,7 @@ def test_info_command(capsys):
         assert count in out
     assert main(["info", "eva02_tiny_patch14_224", "--mim", "--json"]) == 0
     assert '"params": 5699968' in capsys.readouterr().out
+    assert main(["info", "EVA02-CLIP-L*"]) == 0
+    assert "427,755,457" in capsys.readouterr().out
     assert main(["info", "resnet50"]) == 1
     assert "no model matches" in capsys.readouterr().err

@@ -71,6 +71,17 @@ def test_plain_vision_transformers_have_timms_names(name):
         assert shapes(eva02.create_model(name)) == shapes(theirs)
 
 
+def test_wrong_names_and_options():
+    with pytest.raises(ValueError, match="nearest: EVA02-CLIP-B-16"):
+        eva02.clip.create_model("EVA02-CLIP-B16")
+    with pytest.raises(TypeError, match="unknown option 'layers' of the text tower"):
+        eva02.clip.create_model("EVA02-CLIP-B-16", text={"layers": 2})
+    with pytest.raises(ValueError, match="embedding's width"):
+        eva02.clip.create_model("EVA02-CLIP-B-16", num_classes=0)
+    with pytest.raises(ValueError, match=r"tokens: expected \(B, S\) with S at most 16; got \(1, 77\)"):
+        small_clip().encode_text(eva02.clip.tokenize("a text"))
+
+
 # ---- outputs and gradients -------------------------------------------------------------------------------------------
 TOWERS = {
     "base": ("eva02_base_patch16_clip_224", SMALL),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -72,3 +74,23 @@ def test_errors_name_the_argument():
     }.items():
         with pytest.raises(ValueError, match=f"{argument}: expected"):
             clip_loss(*arguments)
+
+
+def _peak(queue, pairs: int) -> None:
+    image, text = (F.normalize(torch.randn(pairs, 8), dim=-1).requires_grad_() for _ in range(2))
+    scale = torch.tensor(8.0, requires_grad=True)
+    clip_loss(image[:64], text[:64], scale, backend="cpu").backward()  # what libraries keep for themselves
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    clip_loss(image, text, scale, backend="cpu").backward()
+    queue.put(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+
+
+def test_memory_is_linear_in_the_batch(cpu_library):
+    """Forward and backward of a batch whose similarities take 256 MiB."""
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.SimpleQueue()
+    process = context.Process(target=_peak, args=(queue, 8192))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert queue.get() < 8192 * 8192 * 4 / 4

@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,11 +14,13 @@ from torch import nn
 
 pytest.importorskip("timm")
 pytest.importorskip("torchmetrics")
-import eva02
+import eva02.clip
 from eva02.cli import main
 from eva02.data import EvalTransform
-from eva02.evaluate import count_hits, evaluate, open_task
+from eva02.evaluate import ZeroShot, count_hits, evaluate, open_task
 from eva02.images import resize_crop
+from eva02.runs import load_model
+from eva02.teacher import create_teacher
 
 IDS = ("n01440764", "n01443537", "n01498041", "n01531178", "n15075141")  # classes 0, 1, 6, 11 and 999
 PARTIAL = {"n01498041": 6, "n01531178": 11, "n01534433": 13}
@@ -57,6 +60,9 @@ def test_hits():
     labels = [(1,), (3, 0), (0,)]
     assert count_hits(logits, labels, 1).tolist() == [False, True, False]
     assert count_hits(logits, labels, 2).tolist() == [True, True, False]
+    for wrong in (-1, 4):  # -1 marks images without a label in some data sets
+        with pytest.raises(ValueError, match=f"class {wrong} is none of the 4"):
+            count_hits(logits, [(0,), (1,), (wrong,)], 1)
 
 
 def test_imagenet(tmp_path):
@@ -105,18 +111,15 @@ def test_real_labels(tmp_path):
     for number in (1, 2, 3, 4):
         write_image(tmp_path / "val" / "n01440764" / f"ILSVRC2012_val_{number:08}.JPEG", number)
     labels = [[65], [], [230, 231], [809, 516]]
-
-    class Options:
-        real_labels = tmp_path / "real.json"
-
-    Options.real_labels.write_text(json.dumps(labels))
+    options = SimpleNamespace(real_labels=tmp_path / "real.json")
+    options.real_labels.write_text(json.dumps(labels))
     rankings = {1: [65], 2: [0], 3: [231], 4: [0, 1, 2, 516]}
-    assert accuracy("imagenet-real", tmp_path, rankings, Options) == (3, pytest.approx(200 / 3), 100.0)
+    assert accuracy("imagenet-real", tmp_path, rankings, options) == (3, pytest.approx(200 / 3), 100.0)
     shipped = open_task("imagenet-real", str(tmp_path))
     assert shipped.expected == 46_837 and shipped.num_classes == 1000
     write_image(tmp_path / "val" / "n01440764" / "other.png", 5)
     with pytest.raises(ValueError, match=r"other\.png is no image of ImageNet's validation set"):
-        open_task("imagenet-real", str(tmp_path), Options)
+        open_task("imagenet-real", str(tmp_path), options)
 
 
 def test_objectnet(tmp_path):
@@ -134,14 +137,15 @@ def test_objectnet(tmp_path):
     for location in (root, root / "images"):
         assert accuracy("objectnet", location, {1: [703], 2: [892]}) == (2, 100.0, 100.0)
     assert accuracy("objectnet", root, {1: [892], 2: [530, 892]}) == (2, 0.0, 50.0)  # the first label alone counts
+    zero_shot = open_task("objectnet", str(root), SimpleNamespace(zero_shot=True))
+    assert zero_shot.imagenet and zero_shot.names == ["bench", "clock"]
+    assert zero_shot.num_classes == 2 and zero_shot.labels == [(), (0,), (1,)]
     mappings.rename(tmp_path / "elsewhere")
     with pytest.raises(FileNotFoundError, match="--objectnet-mappings tells where"):
         open_task("objectnet", str(root))
 
-    class Options:
-        objectnet_mappings = str(tmp_path / "elsewhere")
-
-    assert accuracy("objectnet", root, {1: [703], 2: [892]}, Options) == (2, 100.0, 100.0)
+    options = SimpleNamespace(objectnet_mappings=str(tmp_path / "elsewhere"))
+    assert accuracy("objectnet", root, {1: [703], 2: [892]}, options) == (2, 100.0, 100.0)
 
 
 def test_models_of_other_classes_are_refused(tmp_path):
@@ -194,6 +198,68 @@ def test_evaluate_command(tmp_path, capsys):
     assert float(row["top1"]) == pytest.approx(100 * hits / 360)
     assert main([*arguments[:1], "imagenet-z=/nowhere", *arguments[2:]]) == 1
     assert "unknown protocol 'imagenet-z'" in capsys.readouterr().err
+
+
+def test_clip_models_classify_by_names(tmp_path):
+    from eva02.clip import class_embeddings, create_model
+    from eva02.data import eval_loader, open_source
+
+    options = {"img_size": 32, "depth": 1, "num_classes": 32, "text": {"depth": 1, "width": 64, "num_heads": 1}}
+    model = create_model("EVA02-CLIP-B-16", **options).eval()
+    eva02.save_checkpoint(model, tmp_path / "clip.safetensors")
+    loaded, _ = load_model("EVA02-CLIP-B-16", str(tmp_path / "clip.safetensors"), **options)
+    task, prompts = open_task("folder", "digits"), ("{}", "a {}")
+    result = evaluate(ZeroShot(loaded.eval(), task, prompts), task, EvalTransform((32, 32)), batch_size=50)
+    classes = class_embeddings(model, open_source("digits").classes, prompts)
+    hits = 0
+    with torch.inference_mode():
+        for batch in eval_loader(open_source("digits", "val"), EvalTransform((32, 32)), 60):
+            nearest = (model.encode_image(batch["image"], normalize=True) @ classes.T).argmax(1)
+            hits += int((nearest == batch["label"]).sum())
+    assert result.images == 360 and result.top1 == pytest.approx(100 * hits / 360)
+    assert torch.equal(ZeroShot(loaded, task, prompts).classes, classes)
+    task.source.classes = None
+    with pytest.raises(ValueError, match="needs names of the classes, and the data has none"):
+        ZeroShot(loaded, task)
+
+
+def test_imagenets_prompts_are_clips(tmp_path, monkeypatch):
+    for value, name in enumerate(IDS):
+        write_image(tmp_path / name / "x.png", value)
+
+    class Towers(nn.Module):
+        """A text is the sum of its tokens."""
+
+        def __init__(self):
+            super().__init__()
+            self.logit_scale = nn.Parameter(torch.zeros(()))
+            self.config = SimpleNamespace(text=SimpleNamespace(context_length=77))
+            self.seen = 0
+
+        def encode_text(self, tokens, normalize):
+            self.seen += len(tokens)
+            return nn.functional.normalize(tokens[:, :16].float(), dim=-1)
+
+    monkeypatch.setattr(eva02.clip, "imagenet_prompts", lambda: (["a", "b", "c"], ["{}", "the {}"]))
+    for protocol, classes, prompts in (("imagenet", 3, 6), ("folder", 5, 5)):
+        towers = Towers()
+        assert ZeroShot(towers, open_task(protocol, str(tmp_path))).classes.shape == (classes, 16)
+        assert towers.seen == prompts
+
+
+def test_a_clip_run_is_evaluated_as_it_trained(tmp_path, capsys):
+    run = str(tmp_path / "run")
+    short = ["--steps", "3", "--batch-size", "32", "--set", "run.tensorboard=false", "--set", "run.profile_peak=false"]
+    assert main(["clip", "--preset", "eva02_digits_clip", *short, "--set", "model.depth=1", "--output", run]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    (trained,) = (line["zero_shot_top1"] for line in lines if "zero_shot_top1" in line)
+    assert main(["evaluate", "digits", "--model", run, "--json", str(tmp_path / "out.json")]) == 0
+    (row,) = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert row["top1"] == pytest.approx(100 * trained)
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "red.png")
+    assert main(["features", str(tmp_path / "red.png"), "--model", run, "--out", str(tmp_path / "red.npz")]) == 0
+    assert "64 channels" in capsys.readouterr().out
+    assert create_teacher(run).dim == 64
 
 
 @pytest.mark.full

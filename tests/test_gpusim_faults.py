@@ -80,6 +80,16 @@ FAULTS: dict[str, tuple] = {
         "st.shared.b32 [%r4], 0;\nbar.sync 0;\nst.shared.b32 [%r4], %r1;\nbar.sync 0;\nld.shared.b32 %r7, [%r6];\nst.shared.b32 [%r4], %r3; // <-\nst.global.b32 [%d5], %r7;",
         "st.shared.b32 [%r4], %r1;\nbar.sync 0;\nld.shared.b32 %r7, [%r6];\nbar.sync 0;\nst.shared.b32 [%r4], %r3;\nst.global.b32 [%d5], %r7;",
     ),
+    "halves of words written again while others read whole rows": (
+        "race",
+        "cvt.u16.u32 %h1, %r1;\nshl.b32 %r7, %r1, 1;\nadd.u32 %r7, %r7, %r2;\nand.b32 %r10, %r1, 3;\nshl.b32 %r10, %r10, 4;\nadd.u32 %r10, %r10, %r2;\nst.shared.b16 [%r7], %h1;\nbar.sync 0;\nld.shared.v4.b32 {%r11, %r12, %r13, %r14}, [%r10];\nst.shared.b16 [%r7], %h1; // <-\nst.global.b32 [%d5], %r11;",
+        "cvt.u16.u32 %h1, %r1;\nshl.b32 %r7, %r1, 1;\nadd.u32 %r7, %r7, %r2;\nand.b32 %r10, %r1, 3;\nshl.b32 %r10, %r10, 4;\nadd.u32 %r10, %r10, %r2;\nst.shared.b16 [%r7], %h1;\nbar.sync 0;\nld.shared.v4.b32 {%r11, %r12, %r13, %r14}, [%r10];\nbar.sync 0;\nst.shared.b16 [%r7], %h1;\nst.global.b32 [%d5], %r11;",
+    ),
+    "rows of halves read by a warp that was not at their barrier": (
+        "race",
+        "cvt.u16.u32 %h1, %r1;\nshl.b32 %r7, %r1, 1;\nadd.u32 %r7, %r7, %r2;\nand.b32 %r10, %r1, 3;\nshl.b32 %r10, %r10, 4;\nadd.u32 %r10, %r10, %r2;\nsetp.ge.u32 %p1, %r1, 32;\n@%p1 bra W;\nst.shared.b16 [%r7], %h1;\nbar.sync 1, 32;\nbra R;\nW:\nbar.sync 2, 32;\nR:\nld.shared.v4.b32 {%r11, %r12, %r13, %r14}, [%r10]; // <-\nst.global.b32 [%d5], %r11;",
+        "cvt.u16.u32 %h1, %r1;\nshl.b32 %r7, %r1, 1;\nadd.u32 %r7, %r7, %r2;\nand.b32 %r10, %r1, 3;\nshl.b32 %r10, %r10, 4;\nadd.u32 %r10, %r10, %r2;\nsetp.ge.u32 %p1, %r1, 32;\n@%p1 bra R;\nst.shared.b16 [%r7], %h1;\nR:\nbar.sync 1, 64;\nld.shared.v4.b32 {%r11, %r12, %r13, %r14}, [%r10];\nst.global.b32 [%d5], %r11;",
+    ),
     "two warps write one byte": (
         "race",
         "and.b32 %r7, %r3, 127;\nadd.u32 %r7, %r7, %r2;\nst.shared.b32 [%r7], %r1; // <-",

@@ -445,3 +445,10 @@ def test_features_command_writes_a_cache(tmp_path, capsys):
     assert "shard_size is 4, asked for 8" in capsys.readouterr().err
     assert main([*arguments, "--out", str(tmp_path / "other"), "--max-bad-images", "0"]) == 1
     assert "1 images could not be read, 0 are allowed" in capsys.readouterr().err
+
+
+def test_what_is_not_installed_is_told(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "rich.progress", None)
+    assert main(["features", "digits", "--model", TINY, "--checkpoint", "random", "--out", "cache"]) == 1
+    message = capsys.readouterr().err
+    assert "rich.progress" in message and "pip install 'eva02-kernels[train]'" in message

@@ -132,6 +132,14 @@ def test_accumulated_parts_are_one_step(task):
         torch.testing.assert_close(parts[name], value, rtol=1e-4, atol=1e-5 * value.abs().max().item(), msg=name)
 
 
+def test_the_trained_model_of_a_grid_that_is_not_square_loads(tmp_path):
+    recipe = train_runs.recipe("finetune", model__img_size="8x12", schedule__steps=1)
+    train_runs.trainer(recipe, tmp_path).run()
+    model = eva02.create_model(recipe.model.name, **{**recipe.model.options, "img_size": 16})
+    report = eva02.load_checkpoint(model, tmp_path / "model.safetensors")
+    assert report.resized == ["pos_embed 4x6 -> 8x8 (timm)"]
+
+
 def test_what_is_frozen_stays():
     """Without a gradient there is no weight decay either: fine-tuning leaves the patch projection as it was."""
     for changes, moves in (
@@ -196,8 +204,7 @@ def uninterrupted(tmp_path_factory):
 
 def assert_same_run(folder, reference):
     assert losses(folder) == losses(reference)
-    for name in ("model.safetensors", "model_ema.safetensors"):
-        assert (folder / name).read_bytes() == (reference / name).read_bytes()
+    train_runs.assert_same_weights(folder, reference)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -297,9 +304,10 @@ def filled(folder, steps=(1, 2, 3), keep=3):
 def test_checkpoints_are_kept_and_removed(tmp_path):
     store = filled(tmp_path, range(1, 6))
     assert store.steps() == [3, 4, 5]
-    shared, own = store.load(store.newest())
+    shared, own, same_processes = store.load(store.newest())
     assert shared["step"] == 5
     assert own == {"y": 5}
+    assert same_processes
 
 
 @pytest.mark.parametrize("harm", ["flip", "cut", "remove", "manifest", "folder"])
@@ -501,7 +509,7 @@ def test_cached_features_train_as_the_teacher_itself(tmp_path):
     model = eva02.create_model(recipe.model.name, **{**recipe.model.options, "head": "classifier", "num_classes": 0})
     teacher = Teacher(model)
     writer = CacheWriter(tmp_path, open_source("digits"), teacher, crops=1, scale=recipe.data.crop_scale)
-    for _ in writer.write(writer.pending()):
+    for _ in writer.write(writer.shards):
         pass
     wide = {"model__mim_dim": 32, "schedule__steps": 3}
     live = train_runs.trainer(train_runs.recipe("pretrain", **wide))

@@ -34,18 +34,25 @@ def curve(folder) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in read_log(folder / "log.jsonl") if "lr" in line}
 
 
-def wait_and_kill(process, log, rng, moment):
-    """A third of the kills come while the process starts or resumes, the others within a few steps of its work."""
-    if moment % 3 == 0:
-        time.sleep(rng.uniform(0.0, 1.0))
-    else:
-        size = log.stat().st_size if log.exists() else 0
-        while process.is_alive() and (log.stat().st_size if log.exists() else 0) <= size + 600:
-            time.sleep(0.005)
-        time.sleep(rng.uniform(0.0, 0.15))
+def kill(process) -> None:
     assert process.is_alive(), "the run is too short for so many kills"
     os.kill(process.pid, signal.SIGKILL)
     process.join()
+
+
+def work_and_kill(process, log, rng) -> float:
+    """Kill within a few steps of the process's work, or within one; returns the seconds until it began to work."""
+    begin, started, wanted, size = time.monotonic(), 0.0, rng.randint(1, 6), -1
+    while process.is_alive() and wanted:
+        now = log.stat().st_size if log.exists() else 0
+        if now > size and size >= 0:
+            started = started or time.monotonic() - begin
+            wanted -= 1
+        size = now
+        time.sleep(0.002)
+    time.sleep(rng.uniform(0.0, 0.03))
+    kill(process)
+    return started
 
 
 @pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.full)])
@@ -54,15 +61,19 @@ def test_killed_runs_go_on(kills, processes, tmp_path):
     rng = random.Random(kills)
     changes = {"schedule__steps": 16 * kills, "run__checkpoint_every": 1, "run__ema_decay": 0.9}
     whole, broken = tmp_path / "whole", tmp_path / "broken"
+    startup = 0.0
     for moment in range(kills):
         process = start(processes, "pretrain", {**changes, "run__output": str(broken)})
-        wait_and_kill(process, broken / "log.jsonl", rng, moment)
+        if moment % 3 == 2:  # while it starts, or reads its checkpoint
+            time.sleep(rng.uniform(0.0, startup))
+            kill(process)
+        else:
+            startup = work_and_kill(process, broken / "log.jsonl", rng)
     for folder in (whole, broken):
         process = start(processes, "pretrain", {**changes, "run__output": str(folder)})
         process.join(timeout=400)
         assert process.exitcode == 0
     assert sorted(curve(whole)) == list(range(1, 16 * kills + 1))
     assert curve(broken) == curve(whole)
-    for name in ("model.safetensors", "model_ema.safetensors"):
-        assert (broken / name).read_bytes() == (whole / name).read_bytes()
+    train_runs.assert_same_weights(broken, whole)
     assert not [path.name for path in (broken / "checkpoints").iterdir() if path.name.startswith(".")]

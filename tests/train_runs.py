@@ -6,12 +6,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 import eva02
 from eva02.recipes import Recipe, get_preset
-from eva02.train import finetune, pretrain
+from eva02.train import clip, finetune, pretrain
 from eva02.train.command import train
 from eva02.train.distributed import World
 from eva02.train.loop import Task, Trainer
@@ -46,15 +47,16 @@ class PatchTeacher(nn.Module):
 
 def recipe(task: str, **changes: Any) -> Recipe:
     """The digits' recipe at a few steps; keywords are fields with two underscores for the dot."""
-    name = {"pretrain": "eva02_digits_mim", "finetune": "eva02_digits"}[task]
-    small = {**SMALL, "model.mim_dim": 16} if task == "pretrain" else SMALL
+    name = {"pretrain": "eva02_digits_mim", "finetune": "eva02_digits", "clip": "eva02_digits_clip"}[task]
+    more = {"pretrain": {"model.mim_dim": 16}, "clip": {"clip.text_width": 32, "clip.text_depth": 1}}.get(task, {})
+    small = {**SMALL, **more}
     return get_preset(name).override({**small, **{key.replace("__", "."): value for key, value in changes.items()}})
 
 
 def build(recipe: Recipe, world: World, **options: Any) -> tuple[Task, Any]:
     """As the commands build it, with `PatchTeacher`."""
-    if recipe.task == "finetune":
-        return finetune.build(recipe, world, **options)
+    if recipe.task != "pretrain":
+        return {"finetune": finetune, "clip": clip}[recipe.task].build(recipe, world, **options)
     teacher, pretrain.load_teacher = (
         pretrain.load_teacher,
         lambda *_: PatchTeacher(recipe.model.config().mim_dim).to(world.device),
@@ -82,3 +84,13 @@ def parameters(model: nn.Module) -> dict[str, Tensor]:
 
 def classifier(**options: Any) -> eva02.Eva02:
     return eva02.create_model(recipe("finetune").model.name, **{**recipe("finetune").model.options, **options})
+
+
+def assert_same_weights(folder: Path, reference: Path) -> None:
+    """The trained models of two runs, averaged ones too, to the bit."""
+    names = sorted(path.name for path in reference.glob("*.safetensors"))
+    assert names
+    for name in names:
+        found, expected = (safetensors.torch.load_file(place / name) for place in (folder, reference))
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], value) for key, value in expected.items()), name

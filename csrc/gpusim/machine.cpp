@@ -295,14 +295,7 @@ Cta::Cta(Worker& worker) : worker(worker), launch(worker.launch), program(worker
   const size_t bytes = program.static_shared + launch.dynamic_shared;
   shared.resize(bytes);
   shared_valid.resize(bytes);
-  writer.resize(bytes);
-  reader.resize(bytes);
-  writer_op.resize(bytes);
-  reader_op.resize(bytes);
-  writer_serial.resize(bytes);
-  in_flight.resize(bytes);
-  many_readers.resize(bytes);
-  reader_of_warp.resize(bytes * count);
+  units.resize((bytes + 15) / 16);
   for (size_t i = 0; i < count; ++i) {
     Warp& w = warps[i];
     w.cta = this;
@@ -324,13 +317,10 @@ void Cta::start(u32 linear_index, u32 at_turn) {
            linear / (launch.grid[0] * launch.grid[1])};
   std::fill(shared.begin(), shared.end(), 0);  // so that what is unwritten does not depend on the CTA before
   std::fill(shared_valid.begin(), shared_valid.end(), 0);
-  std::fill(writer.begin(), writer.end(), 0);
-  std::fill(reader.begin(), reader.end(), 0);
-  std::fill(in_flight.begin(), in_flight.end(), 0);
-  std::fill(writer_serial.begin(), writer_serial.end(), 0);
+  std::fill(units.begin(), units.end(), History{});
   serial = 0;
-  std::fill(many_readers.begin(), many_readers.end(), 0);
-  std::fill(reader_of_warp.begin(), reader_of_warp.end(), 0);
+  readers.start(warps.size());
+  settled.assign(warps.size(), 0);
   barriers = {};
   phases.clear();
   std::iota(order.begin(), order.end(), 0);
@@ -442,6 +432,9 @@ void Cta::release(int id) {
     w.barrier = -1;
     if (w.barrier_op->votes) finish_vote(w, *w.barrier_op, b);
   }
+  const bool all =
+      std::all_of(warps.begin(), warps.end(), [&](const Warp& w) { return !w.live || b.waiting >> w.index & 1; });
+  if (all) settled = joined;
   b = {};
 }
 

@@ -452,6 +452,33 @@ struct Phase {
   std::vector<u32> arriving, complete;
 };
 
+// Who wrote and read some bytes of shared memory last: 16 of them, as long as they are accessed together, 4, or one.
+struct History {
+  u32 writer = 0, reader = 0;        // stamps
+  u32 writer_op = 0, reader_op = 0;  // the operations they come from
+  u32 serial = 0;                    // which execution of a store wrote the bytes
+  u32 others = 0;                    // readers besides, with no order between them: a set of Readers
+  u8 in_flight = 0;                  // asynchronous copies to come
+  bool plain = false;                // some of those others are plain loads
+  bool split = false;                // its parts have histories of their own
+  bool operator==(const History&) const = default;
+};
+
+// Sets of warps with the times at which they read something, by numbers that are equal where the sets grew alike.
+struct Readers {
+  size_t warps = 0;
+  std::vector<u32> times;  // by set and warp: 1 + time, 0 for no member
+  std::unordered_map<u64, u32> grown;
+  struct Step {
+    u64 key = 0;
+    u32 to = 0;
+  };
+  std::array<Step, 64> last{};  // by warp
+
+  void start(size_t number_of_warps);
+  u32 add(u32 set, u32 warp, u32 time);
+};
+
 struct Cta {
   Worker& worker;
   Launch& launch;
@@ -461,14 +488,11 @@ struct Cta {
   std::vector<Warp> warps;
   std::vector<u8> shared;
   std::vector<u8> shared_valid;
-  std::vector<u32> writer, reader;        // stamps, by byte of shared memory
-  std::vector<u32> writer_op, reader_op;  // the operations they come from
-  std::vector<u32> writer_serial;         // which execution of a store wrote the byte
+  // Of shared memory, in units of 16 bytes; words, halves of them and bytes where the larger are split.
+  std::vector<History> units, words, halves, bytes;
+  std::vector<u32> settled;  // by warp: what it did before this time happens before all that is to come
+  Readers readers;
   u32 serial = 0;
-  std::vector<u8> in_flight;  // asynchronous copies to come, by byte
-  // Where several warps read a byte with no order between them: whether, and the stamp of each warp.
-  std::vector<u8> many_readers;
-  std::vector<u32> reader_of_warp;
   std::array<Barrier, 16> barriers{};
   std::unordered_map<u32, Phase> phases;
   std::vector<int> order;  // of its warps
@@ -484,12 +508,24 @@ struct Cta {
   // Checks and writes: data with the validity of each byte, or nothing yet (nullptr). Lanes of one instruction come
   // from the highest to the lowest, and the highest wins where they meet.
   void write_shared(Warp& w, const Op& op, int lane, u32 offset, const u8* data, const u8* valid, u32 bytes);
-  // The same byte by byte.
-  void read_bytes(Warp& w, const Op& op, int lane, u32 offset, u32 bytes);
-  void write_bytes(Warp& w, const Op& op, int lane, u32 offset, const u8* data, const u8* valid, u32 bytes);
   void update_shared(Warp& w, const Op& op, int lane, u32 offset, u32 bytes);  // by an atomic operation
-  // What both ask of one byte; false after a fault. `writers_agree`: an unordered earlier write is no error.
-  bool change_shared(Warp& w, const Op& op, int lane, u32 b, bool writers_agree, const char* verb);
+  void start_copy(Warp& w, const Op& op, int lane, u32 offset, u32 bytes);
+  void end_copy(Warp& w, const PendingCopy& copy);
+
+ private:
+  // f(history, its first byte, its bytes) for all that an access touches, while it gives true.
+  template <class F>
+  void for_each_history(u32 offset, u32 count, F f);
+  // The same for the parts of a unit, or of a word, that is split or not accessed as a whole.
+  template <u32 kBytes, class F>
+  bool for_each_part(History& whole, u32 offset, u32 end, F f);
+  template <u32 kBytes>
+  History* parts_of(u32 offset);
+  template <u32 kBytes>
+  bool is_settled(const History& h, u32 offset);
+  // What writes and updates ask of a history; false after a fault. `writers_agree`: an unordered earlier write is no
+  // error.
+  bool change(Warp& w, const Op& op, int lane, History& h, u32 first, bool writers_agree, const char* verb);
 };
 
 // The same for bytes of a region. A plain load that races with a store of the same CTA tells so where its value is

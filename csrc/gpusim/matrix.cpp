@@ -82,12 +82,18 @@ template <int N>
 void multiply(const Product& p, u64 perturbation, const double* a, const double* b, double* sum) {
   const int k = p.k;
   if (perturbation == 0 || is_integer(p.a)) {
-    for (int i = 0; i < p.m; ++i) {
-      double row[N];
-      memcpy(row, sum + i * N, sizeof(row));
-      for (int q = 0; q < k; ++q)
-        for (int j = 0; j < N; ++j) row[j] = __builtin_fma(a[i * k + q], b[q * N + j], row[j]);  // the product is exact
-      memcpy(sum + i * N, row, sizeof(row));
+    // Products are exact, so that it is no matter whether they are fused with the sums.
+    typedef double Eight __attribute__((vector_size(64)));
+    constexpr int kRows = 4, kVectors = N / 8;  // rows at once
+    for (int i = 0; i < p.m; i += kRows) {
+      Eight rows[kRows][kVectors], line[kVectors];
+      memcpy(rows, sum + i * N, sizeof(rows));
+      for (int q = 0; q < k; ++q) {
+        memcpy(line, b + q * N, sizeof(line));
+        for (int r = 0; r < kRows; ++r)
+          for (int v = 0; v < kVectors; ++v) rows[r][v] += a[(i + r) * k + q] * line[v];
+      }
+      memcpy(sum + i * N, rows, sizeof(rows));
     }
     return;
   }
@@ -113,10 +119,10 @@ void count_bits(const Product& p, const u8* a, const u8* b, double* sum) {
       }
 }
 
-// Where the elements of sums are, of both kinds: the index of element e of a lane.
+// Where the elements of sums are, of both kinds: the index of element e of a lane, linear in lanes.
 int place_of_sum(const Product& p, int lane, int e) {
   if (p.fragments) return lane * (p.m * p.n / kLanes) + e;
-  return (lane / 4 + 8 * (e >> 1)) * 8 + 2 * (lane % 4) + (e & 1);
+  return 64 * (e >> 1) + 2 * lane + (e & 1);  // column 2 (lane % 4) + e % 2 of row lane / 4 + 8 (e / 2)
 }
 
 // Registers of A and of B; those of A without its zeros, where it is sparse. Where wmma has them several times they
@@ -234,32 +240,46 @@ void expand(Warp& w, const Op& op, const Product& p, const double* packed, const
 
 void read_sums(Warp& w, const Op& op, const Product& p, int c0, double* sum) {
   const int count = p.m * p.n / kLanes;
-  for (int e = 0; e < count; ++e) {
-    const u32* c = w.reg<u32>(op, c0 + (p.addend == Sum::kF16 ? e / 2 : e));
-    for (int l = 0; l < kLanes; ++l) {
-      double& s = sum[place_of_sum(p, l, e)];
-      if (p.addend == Sum::kF32) s = bits_as<float>(c[l]);
-      if (p.addend == Sum::kS32) s = static_cast<i32>(c[l]);
-      if (p.addend == Sum::kF16) s = to_float(f16{static_cast<u16>(c[l] >> (16 * (e & 1)))});
+  const auto each = [&](auto value) {
+    for (int e = 0; e < count; ++e) {
+      const u32* c = w.reg<u32>(op, c0 + (p.addend == Sum::kF16 ? e / 2 : e));
+      double* to = sum + place_of_sum(p, 0, e);
+      const int step = place_of_sum(p, 1, e) - place_of_sum(p, 0, e);
+      for (int l = 0; l < kLanes; ++l) to[l * step] = value(c[l], e);
     }
+  };
+  switch (p.addend) {
+    case Sum::kF32: return each([](u32 c, int) { return bits_as<float>(c); });
+    case Sum::kS32: return each([](u32 c, int) { return static_cast<i32>(c); });
+    default: return each([](u32 c, int e) { return to_float(f16{static_cast<u16>(c >> (16 * (e & 1)))}); });
   }
 }
 
 void write_sums(Warp& w, const Op& op, const Product& p, const double* sum) {
   const int count = p.m * p.n / kLanes;
-  for (int e = 0; e < count; ++e) {
-    u32* d = w.reg<u32>(op, p.sum == Sum::kF16 ? e / 2 : e);
-    for (int l = 0; l < kLanes; ++l) {
-      const double v = sum[place_of_sum(p, l, e)];
-      if (p.sum == Sum::kF32) d[l] = bits_as<u32>(canonical(static_cast<float>(v)));
-      if (p.sum == Sum::kS32)
-        d[l] =
-            static_cast<u32>(op.saturate ? saturate<i32>(v, Round::kNearest) : static_cast<i32>(static_cast<i64>(v)));
-      if (p.sum == Sum::kF16) {
-        const int shift = 16 * (e & 1);
-        d[l] = (d[l] & ~(0xffffu << shift)) | static_cast<u32>(f16_bits(v)) << shift;
-      }
+  const auto each = [&](auto bits) {
+    for (int e = 0; e < count; ++e) {
+      u32* d = w.reg<u32>(op, p.sum == Sum::kF16 ? e / 2 : e);
+      const double* from = sum + place_of_sum(p, 0, e);
+      const int step = place_of_sum(p, 1, e) - place_of_sum(p, 0, e);
+      for (int l = 0; l < kLanes; ++l) d[l] = bits(from[l * step], d[l], e);
     }
+  };
+  switch (p.sum) {
+    case Sum::kF32:
+      return each([](double v, u32, int) {
+        const float rounded = static_cast<float>(v);
+        return rounded == rounded ? bits_as<u32>(rounded) : kNan32;
+      });
+    case Sum::kS32:
+      if (op.saturate)
+        return each([](double v, u32, int) { return static_cast<u32>(saturate<i32>(v, Round::kNearest)); });
+      return each([](double v, u32, int) { return static_cast<u32>(static_cast<i64>(v)); });
+    default:
+      return each([](double v, u32 old, int e) {
+        const int shift = 16 * (e & 1);
+        return (old & ~(0xffffu << shift)) | static_cast<u32>(f16_bits(v)) << shift;
+      });
   }
 }
 

@@ -152,6 +152,15 @@ void count_wavefronts(OpCounters& c, const u64* offsets, u32 mask, u32 bytes) {
     const u32 phase = lanes == 32 ? mask : mask >> first & ((1u << lanes) - 1);
     if (phase == 0) continue;
     c.ideal_wavefronts += 1;
+    if (bytes == 4 || bytes == 8 || bytes == 16) {  // as a rule every lane has banks of its own
+      u32 taken = 0;
+      for (int l = 0; l < lanes; ++l)
+        if (phase >> l & 1) taken |= 1u << (offsets[first + l] / bytes % (128 / bytes));
+      if (std::popcount(taken) == std::popcount(phase)) {
+        c.wavefronts += 1;
+        continue;
+      }
+    }
     u32 words[kLanes][kLanes];
     u8 count[kLanes] = {};
     u32 most = 1;
@@ -182,6 +191,10 @@ void count_access(OpCounters& c, Space space, const Addresses& a, u32 mask, u32 
 
 // Elements of an access in the registers of one lane.
 inline void put_element(Warp& w, const Op& op, int reg, int lane, const u8* bytes) {
+  if (op.width == 4 && !op.wide) {
+    memcpy(&w.reg<u32>(op, reg)[lane], bytes, 4);
+    return;
+  }
   u64 v = 0;
   memcpy(&v, bytes, op.width);
   if (op.sign && op.width < 8) {
@@ -267,7 +280,7 @@ void load_from(Warp& w, const Op& op, u32 mask, Space space, const Addresses& a)
         k += n + 1;
       }
     };
-    u8 raw[64] = {}, known[64] = {};
+    u8 raw[64], known[64];
     bool racy = false;
     if (shared) {
       offset = a.lane[l];
@@ -299,18 +312,27 @@ void load_from(Warp& w, const Op& op, u32 mask, Space space, const Addresses& a)
       shadow = &r->valid;
       in_runs([&](u32 k, u32 n) { racy = !follow_read(w, op, l, *r, offset + k, n) || racy; });
     }
+    const u8 element = op.width == 8 ? kWhole : static_cast<u8>((1u << op.width) - 1);
     if (span == bytes && op.used_bytes == ~0ull) {
+      if (!racy && (shadow->empty() || memchr(shadow->data() + offset, 0, bytes) == nullptr)) {
+        for (int i = 0; i < op.vector; ++i) {
+          put_element(w, op, i, l, data + i * op.width);
+          valid[i][l] = element;
+        }
+        continue;
+      }
       memcpy(raw, data, bytes);
       if (shadow->empty())
         memset(known, 1, bytes);
       else
         memcpy(known, shadow->data() + offset, bytes);
     } else {
+      memset(raw, 0, sizeof(raw));
+      memset(known, 0, sizeof(known));
       for (u32 k = begin; k < end; ++k)
         if (used >> k & 1) raw[k] = data[k], known[k] = shadow->empty() ? 1 : (*shadow)[offset + k];
     }
     if (racy) memset(known, 0, bytes);
-    const u8 element = op.width == 8 ? kWhole : static_cast<u8>((1u << op.width) - 1);
     for (int i = 0; i < op.vector; ++i) {
       const u32 at = static_cast<u32>(i) * op.width;
       put_element(w, op, i, l, raw + at);
@@ -596,10 +618,7 @@ void async_copy(Warp& w, const Op& op, u32 mask) {
       reading |= 1u << l;
       c.bytes += size;
     }
-    // Nobody may use these bytes from now until the wait, and a barrier for other threads.
-    cta.serial += 1;
-    cta.write_shared(w, op, l, copy.shared, nullptr, nullptr, bytes);
-    for (u32 b = 0; b < bytes; ++b) cta.in_flight[copy.shared + b] += 1;
+    cta.start_copy(w, op, l, copy.shared, bytes);
     w.copies.push_back(copy);
   }
   count_sectors(c, from, reading, bytes);
@@ -630,23 +649,22 @@ void load_matrix(Warp& w, const Op& op, u32) {
     count_wavefronts(one, rows, 0xff, 16);
     c.wavefronts += one.wavefronts;
     c.bytes += 128;
-    bool all = true;
-    u8 valid[kLanes];
-    for (int l = 0; l < kLanes; ++l) {
-      u32 v = 0;
-      u8 bits = 0;
+    u16 elements[8][8], turned[8][8];
+    u8 known[8][16];
+    for (int i = 0; i < 8; ++i) {
+      memcpy(elements[i], cta.shared.data() + rows[i], 16);
+      memcpy(known[i], cta.shared_valid.data() + rows[i], 16);
+    }
+    for (int i = 0; i < 8 && op.transposed; ++i)
+      for (int j = 0; j < 8; ++j) turned[j][i] = elements[i][j];
+    memcpy(w.reg<u32>(op, m), op.transposed ? turned : elements, sizeof(elements));
+    const bool all = memchr(known, 0, sizeof(known)) == nullptr;
+    u8 valid[kLanes] = {};
+    for (int l = 0; l < kLanes && !all; ++l)
       for (int h = 0; h < 2; ++h) {
         const int row = op.transposed ? 2 * (l % 4) + h : l / 4, column = op.transposed ? l / 4 : 2 * (l % 4) + h;
-        const u64 at = rows[row] + 2 * static_cast<u64>(column);
-        u16 e;
-        memcpy(&e, cta.shared.data() + at, 2);
-        v |= static_cast<u32>(e) << (16 * h);
-        bits |= static_cast<u8>(valid_bytes(cta.shared_valid, at, 2) << (2 * h));
+        for (int b = 0; b < 2; ++b) valid[l] |= static_cast<u8>((known[row][2 * column + b] != 0) << (2 * h + b));
       }
-      w.reg<u32>(op, m)[l] = v;
-      valid[l] = bits;
-      all = all && bits == 0x0f;
-    }
     set_loaded(w, op, kAllLanes, m, valid, all);
   }
 }

@@ -22,14 +22,7 @@ void Warp::wait_copies(u32 mask, u32 keep) {
       left.push_back(copy);
       continue;
     }
-    for (u32 b = 0; b < copy.bytes; ++b) {
-      const u32 at = copy.shared + b;
-      cta->in_flight[at] -= 1;
-      cta->shared[at] = copy.data[b];
-      cta->shared_valid[at] = copy.valid[b];
-      cta->writer[at] = stamp_of(time(), static_cast<u32>(index), copy.lane);
-      cta->writer_op[at] = copy.op;
-    }
+    cta->end_copy(*this, copy);
   }
   copies = std::move(left);
 }
@@ -55,196 +48,212 @@ void race(Warp& w, const Op& op, int lane, u32 byte, const std::string& what, u3
   w.fault(op, lane, "race", "race: shared byte " + std::to_string(byte) + " " + what, byte, nullptr, other_op);
 }
 
-// ---- the common case: all bytes of an access have one history, and nothing is wrong
-template <int N>
-bool uniform(const u32* p) {
-  u32 differ = 0;
-  for (int i = 1; i < N; ++i) differ |= p[i] ^ p[0];
-  return differ == 0;
-}
-template <int N>
-bool none(const u8* p) {
-  u8 any = 0;
-  for (int i = 0; i < N; ++i) any |= p[i];
-  return any == 0;
-}
-template <int N>
-void fill_run(std::vector<u32>& v, u32 offset, u32 value) {
-  for (int i = 0; i < N; ++i) v[offset + static_cast<u32>(i)] = value;
-}
-
-// Whether the read was followed; not, where its bytes must be looked at one by one.
-template <int N>
-bool read_alike(Cta& cta, Warp& w, const Op& op, int lane, u32 o) {
-  if (!none<N>(&cta.in_flight[o]) || !uniform<N>(&cta.writer[o]) || !uniform<N>(&cta.reader[o])) return false;
-  const u32 wrote = cta.writer[o], old = cta.reader[o];
-  if (wrote != 0 && !before(w, lane, wrote)) return false;
-  const u32 me = stamp_of(w.time(), static_cast<u32>(w.index), static_cast<u32>(lane));
-  if (old == me) return true;
-  u32 fresh = me;
-  if (old != 0 && warp_of(old) == static_cast<u32>(w.index))
-    fresh = time_of(old) == w.time() ? old | kSeveral : me;
-  else if (old != 0 && !before(w, lane, old)) {
-    for (int i = 0; i < N; ++i) cta.many_readers[o + static_cast<u32>(i)] |= op.strong ? 1 : 3;  // 2: some are plain
-    u32* mine = &cta.reader_of_warp[static_cast<size_t>(w.index) * cta.shared.size() + o];
-    for (int i = 0; i < N; ++i) mine[i] = me | kSeveral;
-    return true;
-  }
-  fill_run<N>(cta.reader, o, fresh);
-  fill_run<N>(cta.reader_op, o, op.index);
-  return true;
-}
-
-template <int N>
-bool write_alike(Cta& cta, Warp& w, const Op& op, int lane, u32 o, const u8* data, const u8* valid) {
-  if (!none<N>(&cta.in_flight[o]) || !uniform<N>(&cta.writer[o]) || !uniform<N>(&cta.reader[o])) return false;
-  u32 met = 0;
-  for (u32 i = 0; i < N; ++i) met |= static_cast<u32>(cta.writer_serial[o + i] == cta.serial);
-  const u32 wrote = cta.writer[o], read = cta.reader[o];
-  if (met || (wrote != 0 && !before(w, lane, wrote)) || (read != 0 && !before(w, lane, read))) return false;
-  if (!none<N>(&cta.many_readers[o])) {
-    for (size_t i = 0; i < cta.warps.size(); ++i) {
-      const u32* run = &cta.reader_of_warp[i * cta.shared.size() + o];
-      if (!uniform<N>(run) || (run[0] != 0 && !before(w, lane, run[0]))) return false;
-    }
-    for (size_t i = 0; i < cta.warps.size(); ++i) memset(&cta.reader_of_warp[i * cta.shared.size() + o], 0, 4 * N);
-    memset(&cta.many_readers[o], 0, N);
-  }
-  if (data != nullptr) {
-    memcpy(&cta.shared[o], data, N);
-    memcpy(&cta.shared_valid[o], valid, N);
-  }
-  fill_run<N>(cta.writer_serial, o, cta.serial);
-  fill_run<N>(cta.reader, o, 0);
-  fill_run<N>(cta.writer, o, stamp_of(w.time(), static_cast<u32>(w.index), static_cast<u32>(lane)));
-  fill_run<N>(cta.writer_op, o, op.index);
-  return true;
-}
-
-// Halves, where the whole has several histories.
-template <int N>
-void read_run(Cta& cta, Warp& w, const Op& op, int lane, u32 o) {
-  if (read_alike<N>(cta, w, op, lane, o)) return;
-  if constexpr (N > 4) {
-    read_run<N / 2>(cta, w, op, lane, o);
-    read_run<N / 2>(cta, w, op, lane, o + N / 2);
-  } else {
-    cta.read_bytes(w, op, lane, o, N);
-  }
-}
-template <int N>
-void write_run(Cta& cta, Warp& w, const Op& op, int lane, u32 o, const u8* data, const u8* valid) {
-  if (write_alike<N>(cta, w, op, lane, o, data, valid)) return;
-  if constexpr (N > 4) {
-    write_run<N / 2>(cta, w, op, lane, o, data, valid);
-    write_run<N / 2>(cta, w, op, lane, o + N / 2, data ? data + N / 2 : nullptr, valid ? valid + N / 2 : nullptr);
-  } else {
-    cta.write_bytes(w, op, lane, o, data, valid, N);
-  }
-}
-
 }  // namespace
 
-void Cta::read_shared(Warp& w, const Op& op, int lane, u32 offset, u32 bytes) {
-  if (!launch.options.races) return;
-  if (bytes == 16) return read_run<16>(*this, w, op, lane, offset);
-  if (bytes == 8) return read_run<8>(*this, w, op, lane, offset);
-  if (bytes == 4) return read_run<4>(*this, w, op, lane, offset);
-  read_bytes(w, op, lane, offset, bytes);
+// ---- shared memory
+void Readers::start(size_t number_of_warps) {
+  warps = number_of_warps;
+  times.assign(warps, 0);  // set 0 has no members
+  grown.clear();
+  last = {};
 }
 
-void Cta::read_bytes(Warp& w, const Op& op, int lane, u32 offset, u32 bytes) {
-  const u32 me = stamp_of(w.time(), static_cast<u32>(w.index), static_cast<u32>(lane));
-  for (u32 b = offset; b < offset + bytes; ++b) {
-    if (in_flight[b])
-      return race(w, op, lane, b, "is read while an asynchronous copy to it is in flight", writer_op[b]);
-    const u32 wrote = writer[b];
-    if (wrote != 0 && !before(w, lane, wrote) && !(op.strong && program.ops[writer_op[b]].strong))
-      return race(w, op, lane, b, "was written by " + who(wrote) + " and is read with no barrier between",
-                  writer_op[b]);
-    const u32 old = reader[b];
-    if (old == me) continue;
-    if (old != 0 && warp_of(old) == static_cast<u32>(w.index)) {
-      reader[b] = time_of(old) == w.time() ? old | kSeveral : me;
-      reader_op[b] = op.index;
-    } else if (old == 0 || before(w, lane, old)) {
-      reader[b] = me;
-      reader_op[b] = op.index;
-    } else {
-      many_readers[b] |= op.strong ? 1 : 3;
-      reader_of_warp[static_cast<size_t>(w.index) * shared.size() + b] = me | kSeveral;
+u32 Readers::add(u32 set, u32 warp, u32 time) {
+  Step& step = last[warp];
+  const u64 key = static_cast<u64>(set) << 32 | static_cast<u64>(warp) << 26 | (time + 1);
+  if (step.key == key) return step.to;
+  const auto [at, fresh] = grown.try_emplace(key, static_cast<u32>(times.size() / warps));
+  if (fresh) {
+    times.resize(times.size() + warps);
+    std::copy_n(times.begin() + static_cast<std::ptrdiff_t>(set * warps), warps,
+                times.end() - static_cast<std::ptrdiff_t>(warps));
+    times[times.size() - warps + warp] = time + 1;
+  }
+  step = {key, at->second};
+  return step.to;
+}
+
+constexpr u32 part_bytes(u32 whole) { return whole == 16 ? 4 : whole / 2; }
+
+template <u32 kBytes>
+History* Cta::parts_of(u32 offset) {
+  constexpr u32 kPart = part_bytes(kBytes);
+  std::vector<History>& all = kPart == 4 ? words : kPart == 2 ? halves : bytes;
+  if (all.empty()) all.resize(units.size() * 16 / kPart);
+  return &all[offset / kBytes * (kBytes / kPart)];
+}
+
+// Whether all that this history tells happens before whatever is to come: it may as well tell nothing.
+template <u32 kBytes>
+bool Cta::is_settled(const History& h, u32 offset) {
+  if constexpr (kBytes > 1) {
+    if (h.split) {
+      constexpr u32 kPart = part_bytes(kBytes);
+      const History* parts = parts_of<kBytes>(offset);
+      for (u32 i = 0; i < kBytes / kPart; ++i)
+        if (!is_settled<kPart>(parts[i], offset + i * kPart)) return false;
+      return true;
     }
   }
+  const auto passed = [&](u32 stamp) { return stamp == 0 || time_of(stamp) < settled[warp_of(stamp)]; };
+  if (h.in_flight || !passed(h.writer) || !passed(h.reader)) return false;
+  for (size_t i = 0; i < warps.size() && h.others; ++i)
+    if (readers.times[h.others * warps.size() + i] > settled[i]) return false;
+  return true;
 }
 
-bool Cta::change_shared(Warp& w, const Op& op, int lane, u32 b, bool writers_agree, const char* verb) {
-  if (in_flight[b]) {
-    race(w, op, lane, b, std::string("is ") + verb + " while an asynchronous copy to it is in flight", writer_op[b]);
+template <u32 kBytes, class F>
+bool Cta::for_each_part(History& whole, u32 offset, u32 end, F f) {
+  constexpr u32 kPart = part_bytes(kBytes), kParts = kBytes / kPart;
+  History* parts = parts_of<kBytes>(offset);
+  if (!whole.split) {
+    std::fill_n(parts, kParts, whole);
+    whole.split = true;
+  }
+  const bool of_all = end - offset == kBytes;
+  while (offset < end) {
+    History& h = parts[offset / kPart % kParts];
+    const u32 next = std::min(end, (offset / kPart + 1) * kPart);
+    if constexpr (kPart > 1) {
+      if (h.split && next - offset == kPart && is_settled<kPart>(h, offset)) h = {};
+      if (h.split || next - offset < kPart) {
+        if (!for_each_part<kPart>(h, offset, next, f)) return false;
+        offset = next;
+        continue;
+      }
+    }
+    if (!f(h, offset, kPart)) return false;
+    offset = next;
+  }
+  // Parts that a write has made alike are one again.
+  const History& first = parts[0];
+  if (of_all && first.reader == 0 && !first.split &&
+      std::all_of(parts + 1, parts + kParts, [&](const History& h) { return h == first; }))
+    whole = first;
+  return true;
+}
+
+template <class F>
+void Cta::for_each_history(u32 offset, u32 count, F f) {
+  for (const u32 end = offset + count; offset < end;) {
+    History& h = units[offset / 16];
+    const u32 next = std::min(end, (offset / 16 + 1) * 16);
+    const bool whole = next - offset == 16;
+    if (h.split && whole && is_settled<16>(h, offset)) h = {};
+    if (!h.split && whole ? !f(h, offset, 16u) : !for_each_part<16>(h, offset, next, f)) return;
+    offset = next;
+  }
+}
+
+void Cta::read_shared(Warp& w, const Op& op, int lane, u32 offset, u32 count) {
+  if (!launch.options.races) return;
+  const u32 me = stamp_of(w.time(), static_cast<u32>(w.index), static_cast<u32>(lane));
+  for_each_history(offset, count, [&](History& h, u32 first, u32) {
+    if (h.in_flight) {
+      race(w, op, lane, first, "is read while an asynchronous copy to it is in flight", h.writer_op);
+      return false;
+    }
+    if (h.writer != 0 && !before(w, lane, h.writer) && !(op.strong && program.ops[h.writer_op].strong)) {
+      race(w, op, lane, first, "was written by " + who(h.writer) + " and is read with no barrier between", h.writer_op);
+      return false;
+    }
+    const u32 old = h.reader;
+    if (old == me) return true;
+    if (old != 0 && warp_of(old) == static_cast<u32>(w.index)) {
+      h.reader = time_of(old) == w.time() ? old | kSeveral : me;
+      h.reader_op = op.index;
+    } else if (old == 0 || before(w, lane, old)) {
+      h.reader = me;
+      h.reader_op = op.index;
+    } else {
+      h.others = readers.add(h.others, static_cast<u32>(w.index), w.time());
+      h.plain |= !op.strong;
+    }
+    return true;
+  });
+}
+
+bool Cta::change(Warp& w, const Op& op, int lane, History& h, u32 first, bool writers_agree, const char* verb) {
+  if (h.in_flight) {
+    race(w, op, lane, first, std::string("is ") + verb + " while an asynchronous copy to it is in flight", h.writer_op);
     return false;
   }
-  const auto both_strong = [&](u32 other) { return op.strong && program.ops[other].strong; };
   const auto unordered = [&](const char* did, u32 stamp, u32 other_op) {
-    race(w, op, lane, b,
+    race(w, op, lane, first,
          std::string("was ") + did + " by " + who(stamp) + " and is " + verb + " with no barrier between", other_op);
     return false;
   };
-  if (writer[b] != 0 && !writers_agree && !before(w, lane, writer[b]))
-    return unordered("written", writer[b], writer_op[b]);
-  if (reader[b] != 0 && !before(w, lane, reader[b]) && !both_strong(reader_op[b]))
-    return unordered("read", reader[b], reader_op[b]);
-  if (many_readers[b]) {
-    for (size_t i = 0; i < warps.size(); ++i) {
-      const u32 stamp = std::exchange(reader_of_warp[i * shared.size() + b], 0);
-      const bool all_strong = op.strong && !(many_readers[b] & 2);
-      if (stamp != 0 && !before(w, lane, stamp) && !all_strong) return unordered("read", stamp, ~0u);
+  if (h.writer != 0 && !writers_agree && !before(w, lane, h.writer)) return unordered("written", h.writer, h.writer_op);
+  const auto both_strong = [&](u32 other) { return op.strong && program.ops[other].strong; };
+  if (h.reader != 0 && !before(w, lane, h.reader) && !both_strong(h.reader_op))
+    return unordered("read", h.reader, h.reader_op);
+  if (h.others) {
+    const u32* times = &readers.times[h.others * warps.size()];
+    for (u32 i = 0; i < warps.size() && (h.plain || !op.strong); ++i) {
+      const u32 stamp = stamp_of(times[i] - 1, i, 0) | kSeveral;
+      if (times[i] != 0 && !before(w, lane, stamp)) return unordered("read", stamp, ~0u);
     }
-    many_readers[b] = 0;
+    h.others = 0;
+    h.plain = false;
   }
-  reader[b] = 0;
-  writer[b] = stamp_of(w.time(), static_cast<u32>(w.index), static_cast<u32>(lane));
-  writer_op[b] = op.index;
+  h.reader = 0;
+  h.writer = stamp_of(w.time(), static_cast<u32>(w.index), static_cast<u32>(lane));
+  h.writer_op = op.index;
   return true;
 }
 
-void Cta::write_shared(Warp& w, const Op& op, int lane, u32 offset, const u8* data, const u8* valid, u32 bytes) {
-  if (launch.options.races && bytes == 16) return write_run<16>(*this, w, op, lane, offset, data, valid);
-  if (launch.options.races && bytes == 8) return write_run<8>(*this, w, op, lane, offset, data, valid);
-  if (launch.options.races && bytes == 4) return write_run<4>(*this, w, op, lane, offset, data, valid);
-  write_bytes(w, op, lane, offset, data, valid, bytes);
-}
-
-void Cta::write_bytes(Warp& w, const Op& op, int lane, u32 offset, const u8* data, const u8* valid, u32 bytes) {
-  u8 old[64];
-  bool mine[64];
-  for (u32 k = 0; k < bytes; ++k) {  // a lane's store is whole, whatever is found below
-    const u32 b = offset + k;
-    mine[k] = writer_serial[b] != serial;
-    if (!mine[k]) {  // a higher lane of this instruction won
-      (*w.counters)[op.index].collisions += 1;
-      continue;
+// A lane's store is whole, whatever is found wrong with it.
+void Cta::write_shared(Warp& w, const Op& op, int lane, u32 offset, const u8* data, const u8* valid, u32 count) {
+  bool good = launch.options.races;
+  for_each_history(offset, count, [&](History& h, u32 first, u32 n) {
+    if (h.serial == serial) {  // a higher lane of this instruction won
+      (*w.counters)[op.index].collisions += n;
+      return true;
     }
-    writer_serial[b] = serial;
-    old[k] = shared[b];
-    if (data != nullptr) shared[b] = data[k], shared_valid[b] = valid[k];
-  }
-  if (!launch.options.races) return;
-  for (u32 k = 0; k < bytes; ++k) {
-    if (!mine[k]) continue;
-    const u32 b = offset + k;
-    // Warps that hold the same values (Triton's replicated layouts) are no error.
-    const bool equal = (data != nullptr && old[k] == data[k] && !launch.options.strict_races) ||
-                       (op.strong && program.ops[writer_op[b]].strong);
-    if (equal && writer[b] != 0 && !before(w, lane, writer[b])) (*w.counters)[op.index].collisions += 1;
-    if (!change_shared(w, op, lane, b, equal, "written")) return;
-  }
+    h.serial = serial;
+    const u32 at = first - offset;
+    if (good) {
+      // Warps that hold the same values (Triton's replicated layouts) are no error.
+      const bool unordered = h.writer != 0 && !before(w, lane, h.writer);
+      const bool equal =
+          unordered &&
+          ((data != nullptr && memcmp(&shared[first], data + at, n) == 0 && !launch.options.strict_races) ||
+           (op.strong && program.ops[h.writer_op].strong));
+      if (equal) (*w.counters)[op.index].collisions += n;
+      good = change(w, op, lane, h, first, equal, "written");
+    }
+    if (data != nullptr) memcpy(&shared[first], data + at, n), memcpy(&shared_valid[first], valid + at, n);
+    return true;
+  });
 }
 
-void Cta::update_shared(Warp& w, const Op& op, int lane, u32 offset, u32 bytes) {
-  for (u32 b = offset; b < offset + bytes; ++b) {
-    shared_valid[b] = 1;
-    const bool strong = program.ops[writer_op[b]].strong;  // no error between two of them
-    if (launch.options.races && !change_shared(w, op, lane, b, strong, "updated")) return;
-  }
+void Cta::update_shared(Warp& w, const Op& op, int lane, u32 offset, u32 count) {
+  memset(&shared_valid[offset], 1, count);
+  if (!launch.options.races) return;
+  for_each_history(offset, count, [&](History& h, u32 first, u32) {
+    return change(w, op, lane, h, first, program.ops[h.writer_op].strong, "updated");  // no error between two of them
+  });
+}
+
+// Nobody may use these bytes from now until the wait, and a barrier for other threads.
+void Cta::start_copy(Warp& w, const Op& op, int lane, u32 offset, u32 count) {
+  serial += 1;
+  write_shared(w, op, lane, offset, nullptr, nullptr, count);
+  for_each_history(offset, count, [](History& h, u32, u32) {
+    h.in_flight += 1;
+    return true;
+  });
+}
+
+void Cta::end_copy(Warp& w, const PendingCopy& copy) {
+  memcpy(&shared[copy.shared], copy.data.data(), copy.bytes);
+  memcpy(&shared_valid[copy.shared], copy.valid.data(), copy.bytes);
+  const u32 stamp = stamp_of(w.time(), static_cast<u32>(w.index), copy.lane);
+  for_each_history(copy.shared, copy.bytes, [&](History& h, u32, u32) {
+    h.in_flight -= 1;
+    h.writer = stamp, h.writer_op = copy.op;
+    return true;
+  });
 }
 
 // ---- tensors

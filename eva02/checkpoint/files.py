@@ -107,19 +107,22 @@ def _not_a_state_dict(stored: Any) -> list[str]:
     return [f"entry {entry}, expected a tensor" for entry in odd]
 
 
-def save_checkpoint(model_or_state: nn.Module | Mapping[str, Tensor], path: PathLike) -> None:
+def save_checkpoint(
+    model_or_state: nn.Module | Mapping[str, Tensor], path: PathLike, *, state: Mapping[str, Tensor] | None = None
+) -> None:
     """Write a state dict in timm's layout, whole or not at all: a crash leaves the old file.
 
     Args:
         model_or_state: a model, or a state dict in timm's layout.
         path: .safetensors, or .pt / .pth for `torch.save`.
+        state: the model's, where `model.state_dict()` is not it: gathered from shards.
     """
     metadata = {"format": "pt"}
     if isinstance(model_or_state, nn.Module):
-        grid = getattr(model_or_state, "grid_size", None)
+        grid = getattr(getattr(model_or_state, "visual", model_or_state), "grid_size", None)
         if grid is not None:
             metadata[GRID_KEY] = "x".join(str(n) for n in grid)
-        model_or_state = model_or_state.state_dict()
+        model_or_state = model_or_state.state_dict() if state is None else state
     write_state_dict({key: value.detach() for key, value in model_or_state.items()}, Path(path), metadata)
 
 

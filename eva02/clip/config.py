@@ -34,6 +34,10 @@ class ClipConfig:
     vision: ModelConfig
     text: TextConfig
 
+    def __post_init__(self) -> None:
+        if self.vision.head != "classifier" or not self.vision.num_classes:
+            raise ValueError("CLIP's vision tower needs head='classifier' and the embedding's width as num_classes")
+
     @property
     def embed_dim(self) -> int:
         return self.vision.num_classes

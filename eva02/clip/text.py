@@ -150,7 +150,7 @@ class TextTower(nn.Module):
         """Regular expressions that assign parameters to layers, for layer-wise learning rates (timm's format)."""
         return {
             "stem": r"^token_embedding|positional_embedding",
-            "blocks": [(r"^transformer\.resblocks\.(\d+)", None), (r"^ln_final|text_projection", (99999,))],
+            "blocks": r"^transformer\.resblocks\.(\d+)",  # the rest is the last layer, as upstream
         }
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

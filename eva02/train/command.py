@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import eva02
 from eva02.config import ModelConfig
@@ -87,14 +87,25 @@ def recipe_of(args: argparse.Namespace, task: str, flags: Mapping[str, str]) -> 
     return recipe.override(values)
 
 
-def run(args: argparse.Namespace, task_name: str, build: Build, flags: Mapping[str, str]) -> int:
+def create_model(recipe: Recipe, device: torch.device | str | None = None) -> nn.Module:
+    """The recipe's model, with fresh weights."""
+    return eva02.create_model(recipe.model.name, **recipe.model.options, device=device)
+
+
+def run(
+    args: argparse.Namespace,
+    task_name: str,
+    build: Build,
+    flags: Mapping[str, str],
+    make_model: Callable[[Recipe, str], nn.Module] = create_model,
+) -> int:
     """Dry run or run; returns the exit status."""
     recipe = recipe_of(args, task_name, flags)
     if args.measure is not None and not args.dry_run:
         raise ValueError("--measure needs --dry-run")
     if args.dry_run:
         speed = None if args.measure is None else measure(recipe, build, args.measure)
-        print(describe(recipe, speed, args.processes))
+        print(describe(recipe, make_model(recipe, "meta"), speed, args.processes))
         return 0
     if not recipe.run.output:
         raise ValueError("--output is needed: the folder of checkpoints, logs and the trained model")
@@ -175,10 +186,10 @@ def activation_bytes(config: ModelConfig, recipe: Recipe, images: int) -> int:
     return rows * config.depth * width
 
 
-def describe(recipe: Recipe, measured: float | None = None, size: int = 1) -> str:
+def describe(recipe: Recipe, model: nn.Module, measured: float | None = None, size: int = 1) -> str:
     """Model, schedule, memory and steps as text; `measured` are images per second, `size` counts processes."""
-    config = recipe.model.config()
-    model = eva02.create_model(recipe.model.name, **recipe.model.options, device="meta")
+    config: Any = model.config
+    config = getattr(config, "vision", config)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     samples, where = _samples(recipe)
     per_epoch = samples // recipe.data.batch_size

@@ -112,8 +112,9 @@ class Parallel:
         self.model, self.world = model, world
         self.sharded = world.size > 1 and how == "fsdp"
         self.forward: nn.Module = model
+        self.scalars: list[str] = []
         if self.sharded:
-            shard(model)
+            self.scalars = shard(model)
         elif world.size > 1:
             ids = [world.device] if world.device.type == "cuda" else None
             self.forward = nn.parallel.DistributedDataParallel(model, device_ids=ids)
@@ -135,16 +136,30 @@ class Parallel:
             return {key: value.detach().cpu() for key, value in model.state_dict().items()}
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-        return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        state: State = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        return {key: value.reshape(()) if key in self.scalars else value for key, value in state.items()}
 
 
-def shard(model: nn.Module) -> None:
-    """FSDP2 over all processes, one unit for each block and one for the rest."""
-    from torch.distributed.fsdp import fully_shard
+def shard(model: nn.Module) -> list[str]:
+    """FSDP2 over all processes, one unit for each block and one for the rest.
 
-    for block in getattr(model, "blocks", ()):
-        fully_shard(block)
+    It takes no parameters without dimensions: they become vectors of one element, and their names are returned.
+    """
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    scalars = [name for name, parameter in model.named_parameters() if parameter.ndim == 0]
+    for name in scalars:
+        module, _, attribute = name.rpartition(".")
+        scalar = model.get_parameter(name)
+        setattr(model.get_submodule(module), attribute, nn.Parameter(scalar.detach().reshape(1), scalar.requires_grad))
+    for blocks in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
+        for block in blocks:
+            fully_shard(block)
     fully_shard(model)
+    for name in ("encode_image", "encode_text"):  # a two-tower model's other ways in
+        if hasattr(model, name):
+            register_fsdp_forward_method(model, name)
+    return scalars
 
 
 def save_sharded(path: Path, state: State) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import abc
 import contextlib
 import json
+import logging
+import math
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +30,8 @@ from eva02.train.state import CheckpointStore, rng_state, seed_everything, set_r
 if TYPE_CHECKING:
     from eva02.data import TrainLoader
 
+_logger = logging.getLogger(__name__)
+
 Batch = dict[str, Tensor]
 INTERRUPTED = 75
 """Exit status of a run that was told to stop, saved and stopped: the same command continues it (EX_TEMPFAIL)."""
@@ -38,6 +42,9 @@ class Task(abc.ABC):
 
     ragged: ClassVar[bool] = False
     """Batches of one size have losses of different numbers of terms, which ranks have to agree on."""
+
+    accumulates: ClassVar[bool] = True
+    """The mean of the losses of a batch's parts is the loss of the batch."""
 
     model: nn.Module
 
@@ -111,12 +118,16 @@ class Trainer:
                 f"data.batch_size {recipe.data.batch_size} is not a multiple of {world.size} processes times "
                 f"data.accumulate {recipe.data.accumulate}"
             )
+        if recipe.data.accumulate > 1 and not task.accumulates:
+            raise ValueError("data.accumulate must be 1: a part's contrastive loss is not a part of the batch's")
         self.part = local // recipe.data.accumulate
         self.total, _ = steps_of(recipe.schedule, loader.steps_per_epoch)
         if run.grad_checkpointing:
             task.model.set_grad_checkpointing()  # type: ignore[operator]
         if run.recompute:
-            task.model.set_recompute()  # type: ignore[operator]
+            for module in task.model.modules():
+                if hasattr(module, "recompute"):
+                    module.recompute = True  # type: ignore[assignment]
         world.equalise(task.model)
         self.ema = None
         if run.ema_decay is not None:
@@ -189,8 +200,7 @@ class Trainer:
     def _update(self) -> Tensor:
         """Clip, step, average; returns the norm of all gradients before clipping."""
         self.scaler.unscale_(self.optimizer)
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if self.recipe.optimizer.clip_grad is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.recipe.optimizer.clip_grad, norm)
         self.scaler.step(self.optimizer)
@@ -199,7 +209,7 @@ class Trainer:
         self.task.after_step()
         if self.ema is not None:
             self.ema.update(self.task.model)
-        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # a DTensor's is a sum over ranks
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of shards: a sum over processes
 
     # ---- the run -----------------------------------------------------------------------------------------------------
     def run(self) -> Outcome:
@@ -286,32 +296,28 @@ class Trainer:
         table = self.world.sum_(torch.cat([values, told])).tolist()
         self._stop = table.pop()[0] > 0
         positions, self._unread, self._positions = self._positions, [], []
-        for line, (loss, norm) in zip(lines, table, strict=True):
-            line |= {"loss": loss, "grad_norm": norm if torch.isfinite(torch.tensor(norm)) else None}
-        seconds, shares = self.clock.take()
-        self.losses += [line["loss"] for line in lines]
         for line, (loss, norm), position in zip(lines, table, positions, strict=True):
-            finite = torch.tensor([loss] if self.scaler.is_enabled() else [loss, norm]).isfinite().all()
-            if not finite:
+            # Under a loss scale a gradient may overflow: its step was left out, and the scale is lower.
+            if not (math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled())):
                 self._dump(line["step"], loss, norm, position)
+            line |= {"loss": loss, "grad_norm": norm if math.isfinite(norm) else None}
+            self.losses.append(loss)
+        seconds, shares = self.clock.take()
         if self.reporter is not None:
             if self.scaler.is_enabled():
                 lines[-1]["loss_scale"] = self.scaler.get_scale()
             self.reporter.steps(lines)
-            images = len(lines) * self.recipe.data.batch_size
-            flops = self.task.flops()
-            rate = None if flops is None else flops * images / self.world.size
-            self.reporter.window(
-                self.step,
-                lines[-1]["loss"],
-                {
-                    "epoch": round(self.step / self.loader.steps_per_epoch, 3),
-                    "images_per_s": round(images / seconds, 2),
-                    "seconds_per_step": round(seconds / len(lines), 5),
-                    "mfu": mfu(rate, seconds, self._peak),
-                    "shares": shares,
-                },
-            )
+            self.reporter.window(self.step, lines[-1]["loss"], {**self._speed(len(lines), seconds), "shares": shares})
+
+    def _speed(self, steps: int, seconds: float) -> dict[str, float | None]:
+        images = steps * self.recipe.data.batch_size
+        flops = self.task.flops()
+        return {
+            "epoch": round(self.step / self.loader.steps_per_epoch, 3),
+            "images_per_s": round(images / seconds, 2),
+            "seconds_per_step": round(seconds / steps, 5),
+            "mfu": mfu(None if flops is None else flops * images / self.world.size, seconds, self._peak),
+        }
 
     def _dump(self, step: int, loss: float, norm: float, position: dict[str, Any]) -> None:
         """Save the batch of a step whose loss or gradient is not finite, and raise."""
@@ -391,7 +397,7 @@ class Trainer:
         path = store.newest()
         if path is None:
             return
-        shared, own = store.load(path)
+        shared, own, same_processes = store.load(path)
         before, now = json.loads(shared["recipe"]), json.loads(self._identity())
         changed = [f"{name}: {before.get(name)} -> {now.get(name)}" for name in sorted({*before, *now})
                    if before.get(name) != now.get(name)]  # fmt: skip
@@ -420,10 +426,10 @@ class Trainer:
                 self.ema.module.load_state_dict(shared["ema"])
         self.scaler.load_state_dict(shared["scaler"])
         self.step = shared["step"]
-        if own is not None:
+        if same_processes:
             set_rng_state(own["rng"])
-        else:  # a process that the run did not have before: its own draws, from here on
-            own = torch.load(path / "rank-0.pt", weights_only=True)
+        else:  # other samples are each process's: draws begin anew
+            _logger.warning("%s is of another number of processes; what is drawn for drop path is not the same", path)
             seed_everything(self.recipe.run.seed + self.world.rank + 1_000_003 * self.step)
         self.loader.load_state_dict(own["loader"])
 
@@ -433,5 +439,5 @@ class Trainer:
         for name, model in models.items():
             state = self.parallel.full_state(model)
             if self.world.is_main:
-                save_checkpoint(state, output / f"{name}.safetensors")
+                save_checkpoint(model, output / f"{name}.safetensors", state=state)
         self.world.barrier()

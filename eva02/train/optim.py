@@ -13,28 +13,40 @@ from eva02.recipes import Schedule
 ParameterGroups = list[dict[str, Any]]
 
 
+def layer_decay_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> ParameterGroups:
+    """Groups by weight decay and layer; see `parameter_groups`."""
+    from timm.optim import param_groups_layer_decay
+
+    excluded = model.no_weight_decay()  # type: ignore[operator]
+    return param_groups_layer_decay(model, weight_decay, no_weight_decay_list=excluded, layer_decay=layer_decay)
+
+
 def parameter_groups(model: nn.Module, recipe: OptimizerRecipe) -> ParameterGroups:
     """Groups by weight decay and, with layer decay, by layer (`lr_scale`).
 
     Parameters of one dimension, biases and what `model.no_weight_decay()` names are not decayed. With layer decay d
     over L blocks the embeddings have the scale d^(L+1), block i has d^(L-i), final norm and head have 1.
     """
-    from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+    if recipe.layer_decay is not None:
+        return layer_decay_groups(model, recipe.weight_decay, recipe.layer_decay)
+    from timm.optim import param_groups_weight_decay
 
-    options: dict[str, Any] = {"no_weight_decay_list": model.no_weight_decay()}  # type: ignore[operator]
-    if recipe.layer_decay is None:
-        return param_groups_weight_decay(model, recipe.weight_decay, **options)
-    return param_groups_layer_decay(model, recipe.weight_decay, layer_decay=recipe.layer_decay, **options)
+    excluded = model.no_weight_decay()  # type: ignore[operator]
+    return param_groups_weight_decay(model, recipe.weight_decay, no_weight_decay_list=excluded)
 
 
 def make_optimizer(groups: ParameterGroups, recipe: OptimizerRecipe) -> torch.optim.Optimizer:
-    """AdamW (PyTorch's, fused) or LAMB (timm's, without its own clipping) over the groups."""
+    """AdamW (PyTorch's, fused) or LAMB (timm's, without its own clipping) over the groups.
+
+    LAMB scales every parameter's step, decayed or not, as DeepSpeed's does, but does not bound the ratio to [0.01, 10]
+    as that. With float16's loss scale it waits for the device once a step.
+    """
     options: dict[str, Any] = {"lr": recipe.lr, "betas": recipe.betas, "eps": recipe.eps}
     if recipe.name == "adamw":
         return torch.optim.AdamW(groups, **options, weight_decay=0.0, fused=True)
     from timm.optim import Lamb
 
-    return Lamb(groups, **options, weight_decay=0.0, max_grad_norm=None)
+    return Lamb(groups, **options, weight_decay=0.0, max_grad_norm=None, always_adapt=True)
 
 
 def steps_of(schedule: Schedule, steps_per_epoch: int) -> tuple[int, int]:

@@ -150,10 +150,12 @@ class CheckpointStore:
                 _logger.warning("damaged checkpoint passed over: %s; continuing from %s", report, chosen)
         return None if chosen is None else self.folder / chosen
 
-    def load(self, path: Path) -> tuple[State, State | None]:
-        """What all share, and this process's own; None where the run had fewer processes."""
+    def load(self, path: Path) -> tuple[State, State, bool]:
+        """What all share; this process's own, or the first's where the run had fewer processes; whether the run had as
+        many as now."""
         own = path / f"rank-{self.world.rank}.pt"
-        return _read(path / "state.pt"), _read(own) if own.exists() else None
+        same = json.loads((path / _MANIFEST).read_text())["world_size"] == self.world.size
+        return _read(path / "state.pt"), _read(own if own.exists() else path / "rank-0.pt"), same
 
 
 def _name(step: int) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor
 from eva02_kernels import _triton
 from eva02_kernels._launch import ONE_SUM, PARTIAL_STATISTICS, Choice, similarities, similarity_rows
 from eva02_kernels.ops._common import empty_like_needed, present, rows_2d
-from eva02_kernels.ops._triton_lib import dot, row_offsets
+from eva02_kernels.ops._triton_lib import dot, fused, row_offsets
 
 
 @triton.jit
@@ -35,6 +35,31 @@ def _exp_minus_1(x):
     series = 1.0 + x * (1 / 3) * series
     series = 1.0 + x * (1 / 2) * series
     return tl.where(tl.abs(x) < 0.25, x * series, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def _fade(x):
+    """exp(x) for x <= 0, exactly 1 at 0: a GPU approximates it there too, and the loss of a single pair is 0."""
+    x = tl.maximum(x, -104.0, propagate_nan=tl.PropagateNan.ALL)
+    p = x * 1.4426950216293335  # exp(x) = 2^p (1 + rest ln 2), where p + rest is x log2(e) to more digits than p has
+    rest = fused(x, 1.4426950216293335, -p) + x * 1.925963033500e-08
+    power = tl.exp2(p)
+    return tl.where(x == 0.0, 1.0, fused(power, rest * 0.6931471805599453, power))
+
+
+@triton.jit
+def _log(x):
+    """log(x), float32, for x >= 1. A GPU's is wrong by as much near 1 as elsewhere, and there losses are small."""
+    bits = x.to(tl.int32, bitcast=True)
+    exponent = (bits - 0x3F3504F3) >> 23  # x = m 2^exponent, m from sqrt(1/2) to sqrt(2)
+    f = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
+    inverse = 1.0 / (2.0 + f)
+    s = f * inverse  # log m = 2 artanh(f / (2 + f))
+    s = fused(fused(-s, 2.0 + f, f), inverse, s)
+    z = s * s
+    series = z * (0.6666667 + z * (0.4 + z * (0.2857143 + z * (0.2222222 + z * 0.1818182))))
+    result = fused(exponent.to(tl.float32), 0.6931471805599453, 2.0 * s + s * series)
+    return tl.where(x == x, result, x)
 
 
 @triton.jit
@@ -89,13 +114,13 @@ def _statistics_kernel(
     largest = tl.max(of_rows, 1)
     part = row_part_ptr + tile_n.to(tl.int64) * M + rows
     tl.store(part, largest, mask=rows < M)
-    tl.store(part + tl.cdiv(N, BLOCK_N).to(tl.int64) * M, tl.sum(tl.exp(of_rows - largest[:, None]), 1), mask=rows < M)
+    tl.store(part + tl.cdiv(N, BLOCK_N).to(tl.int64) * M, tl.sum(_fade(of_rows - largest[:, None]), 1), mask=rows < M)
     if column_part_ptr is not None:
         of_columns = tl.where((rows < M)[:, None], logits, float("-inf"))
         largest = tl.max(of_columns, 0)
         part = column_part_ptr + tile_m.to(tl.int64) * N + cols
         tl.store(part, largest, mask=cols < N)
-        total = tl.sum(tl.exp(of_columns - largest[None, :]), 0)
+        total = tl.sum(_fade(of_columns - largest[None, :]), 0)
         tl.store(part + tiles_m.to(tl.int64) * N, total, mask=cols < N)
 
 
@@ -114,24 +139,24 @@ def _merge_kernel(part_ptr, before_ptr, after_ptr, target_ptr, loss_ptr, P, N, B
         other = tl.load(part, mask=keep, other=0.0)
         both = tl.maximum(largest, other)
         more = tl.load(part + tl.cast(P, tl.int64) * N, mask=keep, other=0.0)
-        total = total * tl.exp(largest - both) + more * tl.exp(other - both)
+        total = total * _fade(largest - both) + more * _fade(other - both)
         largest = both
     if after_ptr is not None:
         tl.store(after_ptr + cols, largest, mask=keep)
         tl.store(after_ptr + N + cols, total, mask=keep)
     if loss_ptr is not None:
         target = tl.load(target_ptr + cols, mask=keep, other=0.0)
-        tl.store(loss_ptr + cols, largest - target + tl.log(tl.where(keep, total, 1.0)), mask=keep)
+        tl.store(loss_ptr + cols, largest - target + _log(total), mask=keep)
 
 
-@triton.jit(do_not_specialize=["M", "N"])
-def _total_kernel(x_ptr, dloss_ptr, scale_ptr, out_ptr, M, N, BLOCK: tl.constexpr):
-    """out = sum of M numbers / 2 N: the loss, or, given dloss and the scale, the scale's gradient."""
+@triton.jit(do_not_specialize=["M"])
+def _total_kernel(x_ptr, dloss_ptr, scale_ptr, out_ptr, M, unit, BLOCK: tl.constexpr):
+    """out = unit * sum of M numbers: the loss, or, given dloss and the scale, the scale's gradient."""
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, M, BLOCK):
         i = start + tl.arange(0, BLOCK)
         total += tl.load(x_ptr + i, mask=i < M, other=0.0)
-    out = tl.sum(total, 0) / (2.0 * tl.maximum(N, 1))
+    out = tl.sum(total, 0) * unit
     if dloss_ptr is not None:
         factor, _ = _factors(scale_ptr)
         out = out * tl.load(dloss_ptr) / factor
@@ -170,9 +195,9 @@ def _gradient_kernel(
     tl.store(out_ptr + row_offsets(rows, stride_out) + cols[None, :], g.to(out_ptr.dtype.element_ty), mask=there)
 
 
-@triton.jit(do_not_specialize=["M", "K", "N"])
+@triton.jit(do_not_specialize=["M", "K"])
 def _features_kernel(
-    slope_ptr, x_ptr, before_ptr, out_ptr, dloss_ptr, scale_ptr, M, K, N, stride_slope, stride_x, D: tl.constexpr,
+    slope_ptr, x_ptr, before_ptr, out_ptr, dloss_ptr, scale_ptr, M, K, unit, stride_slope, stride_x, D: tl.constexpr,
     TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -199,13 +224,18 @@ def _features_kernel(
     if before_ptr is not None:
         acc += tl.load(before_ptr + out, mask=keep, other=0.0)
     if dloss_ptr is not None:
-        acc *= tl.load(scale_ptr) * tl.load(dloss_ptr) / (2.0 * N)
+        acc *= tl.load(scale_ptr) * tl.load(dloss_ptr) * unit
     tl.store(out_ptr + out, acc.to(out_ptr.dtype.element_ty), mask=keep)
 
 
 def _launch_of(rows: Tensor) -> tuple[dict[str, Any], Choice]:
     choice = similarities(rows.dtype, _triton.architecture(rows.device))
     return {"D": rows.shape[1], "PRECISION": _triton.dot_precision(rows.dtype)}, choice
+
+
+def _unit(keys: int) -> float:
+    """What each of the losses counts: a share of two for each key."""
+    return 0.5 / max(1, keys)
 
 
 def _losses(
@@ -257,7 +287,7 @@ def fwd(
         _losses(text, rows_2d(all_image), logit_scale, first, target, text_loss, None)
         _losses(image, rows_2d(all_text), logit_scale, first, target, image_loss, None)
     loss = torch.empty((), dtype=torch.float32, device=image.device)
-    _triton.launch(_total_kernel, (1,), ONE_SUM, stats, None, None, loss, 2 * image.shape[0], num_keys)
+    _triton.launch(_total_kernel, (1,), ONE_SUM, stats, None, None, loss, 2 * image.shape[0], _unit(num_keys))
     return loss, stats
 
 
@@ -287,20 +317,20 @@ def _gradients(
         if drows is not None and width:
             _triton.launch(
                 _features_kernel, (tiles_m, wide), choice, slopes, keys, None, drows[own], dloss, logit_scale, size,
-                num_keys, num_keys, slopes.stride(0), keys.stride(0), TRANSPOSED=False, **constants,
+                num_keys, _unit(num_keys), slopes.stride(0), keys.stride(0), TRANSPOSED=False, **constants,
             )  # fmt: skip
         if dkeys is not None and width:
             last = begin + size == count
             after = dkeys if last else torch.empty_like(dkeys, dtype=torch.float32)
             _triton.launch(
                 _features_kernel, (triton.cdiv(num_keys, choice["BLOCK_M"]), wide), choice, slopes, rows[own], sums,
-                after, dloss if last else None, logit_scale, num_keys, size, num_keys, slopes.stride(0),
+                after, dloss if last else None, logit_scale, num_keys, size, _unit(num_keys), slopes.stride(0),
                 rows.stride(0), TRANSPOSED=True, **constants,
             )  # fmt: skip
             sums = after
     if dscale is not None:
         number = 0 if dots is None else dots.numel()
-        _triton.launch(_total_kernel, (1,), ONE_SUM, dots, dloss, logit_scale, dscale, number, num_keys)
+        _triton.launch(_total_kernel, (1,), ONE_SUM, dots, dloss, logit_scale, dscale, number, _unit(num_keys))
 
 
 def bwd(
