@@ -47,11 +47,6 @@ def row(name: str, op: str, old: str, new: str, equivalent: str = "") -> Mutant:
     return Mutant(name, f"{op}/{op}_cuda.cu", old, new, op, equivalent=equivalent)
 
 
-def product(name: str, file: str, old: str, new: str, op: str, source: str = "", equivalent: str = "") -> Mutant:
-    """Of csrc/gemm."""
-    return Mutant(name, f"gemm/{file}", old, new, op, f"gemm/{source or file}", equivalent)
-
-
 def attention(name: str, file: str, old: str, new: str, source: str = "") -> Mutant:
     return Mutant(name, f"rope_attention/{file}", old, new, "rope_attention", f"rope_attention/{source or file}")
 
@@ -59,6 +54,17 @@ def attention(name: str, file: str, old: str, new: str, source: str = "") -> Mut
 def shared(name: str, old: str, new: str, op: str, equivalent: str = "") -> Mutant:
     """Of what the row kernels share."""
     return Mutant(name, "common/rows.cuh", old, new, op, f"{op}/{op}_cuda.cu", equivalent)
+
+
+def product(
+    name: str, old: str, new: str, op: str = "linear", source: str = "gemm_cuda", equivalent: str = ""
+) -> Mutant:
+    """Of the tile loop of matrix products."""
+    return Mutant(name, "gemm/product.cuh", old, new, op, f"gemm/{source}.cu", equivalent)
+
+
+def epilogue(name: str, source: str, old: str, new: str, op: str) -> Mutant:
+    return Mutant(name, f"gemm/{source}.cu", old, new, op)
 
 
 MUTANTS = (
@@ -151,34 +157,49 @@ MUTANTS = (
     row("rope_angles_of_the_first_run", "apply_rope", "runs[1][pair - quarter]", "runs[0][pair - quarter]"),
     row("rope_table_gradient_of_one_head", "apply_rope", "(per_head ? table + 1 : p.H); ++h)",
         "(per_head ? table + 1 : int64_t{1}); ++h)"),
-    # ---- products
-    product("product_without_the_last_step", "product.cuh", "const int steps = ceil_div(K, A::kStep);",
-            "const int steps = max(1, ceil_div(K, A::kStep) - 1);", "linear", "gemm_cuda.cu"),
-    product("product_waits_too_little", "product.cuh", "copy_async_wait<kStages - 2>();",
-            "copy_async_wait<kStages - 1>();", "linear", "gemm_cuda.cu"),
-    product("columns_not_exchanged", "product.cuh", "for (int bit = 1; bit <= 2; bit *= 2)",
-            "for (int bit = 1; bit <= 1; bit *= 2)", "linear", "gemm_cuda.cu"),
-    product("hidden_padding_not_zero", "product.cuh", "    if (i >= n) v[i] = 0.f;", "    if (i >= n) v[i] = 1.f;",
-            "swiglu_mlp", "activate.cu"),
-    product("project_without_residual", "gemm_cuda.cu", "y[i] += residual[i];", "y[i] += 0.f * residual[i];", "linear"),
-    product("project_bias_after_the_scale", "gemm_cuda.cu", "y[i] = (y[i] + bias[i]) * (scale[i] * row_scale);",
-            "y[i] = y[i] * (scale[i] * row_scale) + bias[i];", "linear"),
-    product("activate_without_up_bias", "activate.cu", "up[i] += up_bias[i];", "up[i] += 0.f * up_bias[i];",
-            "swiglu_mlp"),
-    product("activate_gelu_twice", "activate.cu", "gate[i] = gelu(gate[i]).value;",
-            "gate[i] = gelu(gelu(gate[i]).value).value;", "gelu_mlp"),
-    product("hidden_gradient_of_gelu_without_slope", "hidden_gradient.cu", "y[i] *= a.slope;", "y[i] *= a.value;",
-            "gelu_mlp"),
-    product("hidden_gradient_up_is_gate", "hidden_gradient.cu", "y2[i] = y[i] * a.value;", "y2[i] = y[i] * a.slope;",
-            "swiglu_mlp"),
-    product("hidden_bias_sums_at_one_place", "hidden_gradient.cu", "sum_columns(p.up_sums, sums + N,",
-            "sum_columns(p.up_sums, sums,", "swiglu_mlp"),
-    product("scale_sums_without_row_scale", "output_gradient.cu", "sums[i] += x[i] *= row_scale;",
-            "sums[i] += x[i];", "linear"),
-    product("layer_scale_gradient_without_bias", "output_gradient.cu", "dscale += p.sums[row] * bias;",
-            "dscale += 0.f * p.sums[row] * bias;", "linear"),
-    product("project_rope_sine_sign", "project_rope.cu", "= a * cos - b * sin;", "= a * cos + b * sin;", "qkv_rope"),
-    product("project_rope_rotates_v", "project_rope.cu", "c >= p.rotated || ", "", "qkv_rope"),
+    # ---- matrix products
+    product("product_skips_the_last_step", "steps = ceil_div(K, A::kStep)", "steps = K / A::kStep"),
+    product("product_without_a_barrier", "copy_async_wait<kStages - 2>();\n    __syncthreads();",
+            "copy_async_wait<kStages - 2>();"),
+    product("product_waits_too_little", "copy_async_wait<kStages - 2>();", "copy_async_wait<kStages - 1>();"),
+    product("product_fills_the_stage_in_use", "load(step + kStages - 1);", "load(step + kStages);"),
+    product("product_reads_k_beyond", "min(left, kElements)", "kElements"),
+    product("product_reads_rows_beyond", "(count > 0 ? kPiece : 0)", "kPiece"),
+    product("product_reads_k_rows_beyond", "bytes = j * kCopyRows < left ? bytes : 0;", "bytes = bytes;"),
+    product("product_ignores_alignment", "stride % 16 == 0;", "true;"),
+    product("product_swizzles_reads_alone", "to = offset(row, piece);", "to = row * kRowBytes + piece * kPiece;"),
+    product("product_second_mma_step_is_the_first", "(fragment ^ step * 32)", "(fragment ^ 0 * 32)"),
+    product("product_up_takes_gate_weight", "(kTwo && j % 2 ? other_bytes : 0)", "0", "swiglu_mlp", "activate"),
+    product("product_exchanges_once", "bit <= 2; bit *= 2", "bit <= 1; bit *= 2"),
+    product("product_float32_in_one_part", "mma<T, kTf32>(part, a, b);", "mma<T, true>(part, a, b);"),
+    product("product_last_group_of_rows_too_high", "min(kGroupRows, tiles_m - group * kGroupRows)", "kGroupRows"),
+    product("product_stores_beyond", "if (row >= rows || column >= N) continue;", "if (column >= N) continue;"),
+    product("column_sums_of_four_lanes", "lanes < 32; lanes *= 2", "lanes < 16; lanes *= 2", "gelu_mlp",
+            "hidden_gradient"),
+    product("column_sums_of_one_warp", "Tile::kWarpsM + warp % Tile::kWarpsM) * 2 * N", "Tile::kWarpsM) * 2 * N",
+            "swiglu_mlp", "hidden_gradient"),
+    epilogue("project_without_bias", "gemm_cuda", "(y[i] + bias[i])", "y[i]", "linear"),
+    epilogue("project_row_scale_of_sample_0", "gemm_cuda", "p.row_scale[row / p.rows_per_sample]", "p.row_scale[0]",
+             "linear"),
+    epilogue("project_without_residual", "gemm_cuda", "y[i] += residual[i];", "y[i] += 0.f;", "linear"),
+    epilogue("activate_up_bias_is_the_gates", "activate", "up[i] += up_bias[i];", "up[i] += gate_bias[i];",
+             "swiglu_mlp"),
+    epilogue("activate_gate_without_silu", "activate", "silu<T>(gate[i]).value", "gate[i]", "swiglu_mlp"),
+    epilogue("hidden_gradient_without_slope", "hidden_gradient", "y[i] *= up[i] * a.slope;", "y[i] *= up[i];",
+             "swiglu_mlp"),
+    epilogue("hidden_gradient_gelu_value", "hidden_gradient", "y[i] *= a.slope;\n        y2",
+             "y[i] *= a.value;\n        y2", "gelu_mlp"),
+    epilogue("project_rope_rotates_v", "project_rope", "c < p.rotated && ", "", "qkv_rope"),
+    epilogue("project_rope_one_head_in_eight_columns", "project_rope", " || head_dim % kColumns != 0", "",
+             "qkv_rope"),
+    epilogue("project_rope_keys_beyond_a_head_table", "project_rope", "head < heads ? head : head - heads", "head",
+             "qkv_rope"),
+    epilogue("project_rope_first_head_forgotten", "project_rope", "static_cast<int>(p.first_head) + c / head_dim",
+             "c / head_dim", "qkv_rope"),
+    epilogue("scaled_gradient_without_layer_scale", "output_gradient", "x[i] *= scale[i];", "x[i] *= 1.f;", "linear"),
+    epilogue("bias_sums_of_the_last_row", "output_gradient", "sums[i] += x[i] *= row_scale;",
+             "sums[i] = x[i] *= row_scale;", "linear"),
+    epilogue("layer_scale_gradient_without_bias", "output_gradient", "dscale += p.sums[row] * bias;", "", "linear"),
     # ---- rope_attention
     attention("softmax_keeps_the_old_sum", "rope_attention_cuda.cu", "total[r] = fmaf(total[r], fade[r], sum);",
               "total[r] = total[r] + sum;"),

@@ -16,10 +16,10 @@ struct SwiGlu {
   using Params = ActivateParams;
   static constexpr bool kDual = true, kSums = false;
   const Params& p;
-  int column, n;
+  int column;
   float gate_bias[kColumns], up_bias[kColumns];
 
-  __device__ SwiGlu(const Params& p, int column, int n) : p(p), column(column), n(n) {
+  __device__ SwiGlu(const Params& p, int column, int n) : p(p), column(column) {
     load_columns(p.gate_bias, column, n, 0.f, gate_bias);
     load_columns(p.up_bias, column, n, 0.f, up_bias);
   }
@@ -29,12 +29,12 @@ struct SwiGlu {
       gate[i] += gate_bias[i];
       up[i] += up_bias[i];
     }
-    store_hidden<T>(p.gate, row, p.gate_stride, column, n, gate);
-    store_hidden<T>(p.up, row, p.gate_stride, column, n, up);
+    store_hidden<T>(p.gate, row, p.gate_stride, column, gate);
+    store_hidden<T>(p.up, row, p.gate_stride, column, up);
     if (p.hidden == nullptr) return;
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) up[i] *= silu<T>(gate[i]).value;
-    store_hidden<T>(p.hidden, row, p.hidden_stride, column, n, up);
+    store_hidden<T>(p.hidden, row, p.hidden_stride, column, up);
   }
 };
 
@@ -43,20 +43,20 @@ struct Gelu {
   using Params = ActivateParams;
   static constexpr bool kDual = false, kSums = false;
   const Params& p;
-  int column, n;
+  int column;
   float bias[kColumns];
 
-  __device__ Gelu(const Params& p, int column, int n) : p(p), column(column), n(n) {
+  __device__ Gelu(const Params& p, int column, int n) : p(p), column(column) {
     load_columns(p.gate_bias, column, n, 0.f, bias);
   }
   __device__ void operator()(int row, float (&gate)[kColumns], float (&)[kColumns]) const {
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) gate[i] += bias[i];
-    store_hidden<T>(p.gate, row, p.gate_stride, column, n, gate);
+    store_hidden<T>(p.gate, row, p.gate_stride, column, gate);
     if (p.hidden == nullptr) return;
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) gate[i] = gelu(gate[i]).value;
-    store_hidden<T>(p.hidden, row, p.hidden_stride, column, n, gate);
+    store_hidden<T>(p.hidden, row, p.hidden_stride, column, gate);
   }
 };
 

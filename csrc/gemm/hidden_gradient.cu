@@ -46,10 +46,10 @@ struct HiddenGradient {
         y2[i] = y[i] * a.value;
         y[i] *= up[i] * a.slope;
       }
-      store_hidden<T>(p.dup, row, p.dgate_stride, column, n, y2);
+      store_hidden<T>(p.dup, row, p.dgate_stride, column, y2);
     }
-    store_hidden<T>(p.dgate, row, p.dgate_stride, column, n, y);
-    store_hidden<T>(p.hidden, row, p.hidden_stride, column, n, hidden);
+    store_hidden<T>(p.dgate, row, p.dgate_stride, column, y);
+    store_hidden<T>(p.hidden, row, p.hidden_stride, column, hidden);
   }
 };
 

@@ -69,14 +69,10 @@ __device__ inline void load_columns(const Param& param, int64_t first, int n, fl
   }
 }
 
-// A row of a hidden tensor: columns beyond n are padding and become zero.
+// A row of a hidden tensor, whose padding becomes zero: a product's columns beyond the last are zero, loaded ones too.
 template <class T>
-__device__ void store_hidden(void* p, int64_t row, int64_t stride, int64_t column, int n, float (&v)[kColumns]) {
-  if (p == nullptr) return;
-#pragma unroll
-  for (int i = 0; i < kColumns; ++i)
-    if (i >= n) v[i] = 0.f;
-  store_columns(static_cast<T*>(p) + row * stride + column, kColumns, v);
+__device__ void store_hidden(void* p, int64_t row, int64_t stride, int64_t column, const float (&v)[kColumns]) {
+  if (p != nullptr) store_columns(static_cast<T*>(p) + row * stride + column, kColumns, v);
 }
 
 // Of four pairs of columns, one from each n tile, the four lanes of a row get all pairs of one n tile each.
@@ -152,7 +148,7 @@ struct OperandTile {
       const int count = range.limit - (kKContiguous ? i + (kTwo ? j / 2 : j) * kCopyRows : i);
       const int bytes =
           kKContiguous ? (count > 0 ? kPiece : 0) : max(0, min(count, kElements)) * static_cast<int>(sizeof(T));
-      there |= (bytes == kPiece ? 16 : bytes) << (5 * j);
+      there |= bytes << (5 * j);
     }
     aligned =
         (reinterpret_cast<uintptr_t>(range.data) | (kTwo ? reinterpret_cast<uintptr_t>(range.data2) : 0)) % 16 == 0 &&

@@ -25,15 +25,19 @@ struct ProjectRope {
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) y[i] += bias[i];
     const int head_dim = static_cast<int>(p.rope.head_dim), quarter = head_dim / 4;
-    const int64_t sample = row / p.seq_len, token = row % p.seq_len;
-    // A head ends at a multiple of 4 columns, so that two pairs are of one head.
+    const auto tokens = static_cast<uint32_t>(p.seq_len), sample = static_cast<uint32_t>(row) / tokens;
+    // A head ends at a multiple of 4 columns: two pairs are of one head, and all four where it is a multiple of 8.
+    RopeAngles angles;
+    bool rotated = false;
 #pragma unroll
     for (int two = 0; two < kColumns; two += 4) {
       const int c = column + two;
-      if (c >= p.rotated || c >= column + n) continue;
-      const int64_t head = p.first_head + c / head_dim;
-      RopeAngles angles;
-      if (!rope_angles(p.rope, sample, token, head < p.heads ? head : head - p.heads, angles)) continue;
+      if (two == 0 || head_dim % kColumns != 0) {
+        const int head = static_cast<int>(p.first_head) + c / head_dim, heads = static_cast<int>(p.heads);
+        rotated = c < p.rotated && two < n &&
+                  rope_angles(p.rope, sample, row - sample * tokens, head < heads ? head : head - heads, angles);
+      }
+      if (!rotated) continue;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int pair = c % head_dim / 2 + i;
