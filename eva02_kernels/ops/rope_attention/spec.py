@@ -319,9 +319,7 @@ SPEC = define(
         setup_context=save_attention,
         backward=_backward,
         backends=(
-            cuda_backend(
-                native.fwd, native.bwd, native.cuda_unsupported, error_multiple=native.ERROR_MULTIPLE
-            ),
+            cuda_backend(native.fwd, native.bwd, native.cuda_unsupported, error_multiple=native.ERROR_MULTIPLE),
             triton_backend("rope_attention", triton_unsupported, error_multiple=native.ERROR_MULTIPLE),
             cpu_backend(native.fwd, native.bwd, native.unsupported, error_multiple=native.ERROR_MULTIPLE),
             eager_backend(
