@@ -1,11 +1,13 @@
 // rope_attention, backward: dq by blocks of queries, dk and dv by blocks of keys, both from scores computed again
 // Fused     rotation, scores, masks, softmax from lse, delta = sum(dout out), products, un-rotation of dq and dk, casts
 // Bytes     the dq kernel reads q, k, v, dout, out and writes dq and delta; the other reads q, k, v, dout, delta and
-//           writes dk and dv; the blocks of the other side are read again by every block (from L2)
+//           writes dk and dv; the blocks of the other side are read again by every block (from L2); dense tables with a
+//           gradient: dq and dk also in float32, read by a third kernel
 // Launch    a CTA for a block of up to 96 rows (64 or 32 of wide heads and in float32) of a head of a
 //           sequence, 16 rows a warp; the other side in tiles, the next one on its way while one is used
 // Numerics  float32 scores and sums; rotated q and k, probabilities and score gradients are rounded to the dtype; two
-//           kernels and seven products instead of five, no atomics: the same bits in every run
+//           kernels and seven products instead of five, no atomics: the same bits in every run; gradients of dense
+//           tables are sums, in the order of sequences, tokens and heads, of the float32 dq and dk
 // Limits    those of the forward
 // Source    original; Dao, arXiv:2307.08691
 #include "rope_attention/rope_attention_tiles.cuh"
