@@ -1,11 +1,13 @@
 // rope_attention, backward: dq by blocks of queries, dk and dv by blocks of keys, both from scores computed again
 // Fused     rotation, scores, masks, softmax from lse, delta = sum(dout out), products, un-rotation of dq and dk, casts
 // Bytes     the dq kernel reads q, k, v, dout, out and writes dq and delta; the other reads q, k, v, dout, delta and
-//           writes dk and dv; the blocks of the other side are read again by every block (from L2)
-// Launch    a CTA for a block of up to 128 rows (fewer where registers and shared memory ask for it) of a head of a
+//           writes dk and dv; the blocks of the other side are read again by every block (from L2); dense tables with a
+//           gradient: dq and dk also in float32, read by a third kernel
+// Launch    a CTA for a block of up to 96 rows (64 or 32 of wide heads and in float32) of a head of a
 //           sequence, 16 rows a warp; the other side in tiles, the next one on its way while one is used
 // Numerics  float32 scores and sums; rotated q and k, probabilities and score gradients are rounded to the dtype; two
-//           kernels and seven products instead of five, no atomics: the same bits in every run
+//           kernels and seven products instead of five, no atomics: the same bits in every run; gradients of dense
+//           tables are sums, in the order of sequences, tokens and heads, of the float32 dq and dk
 // Limits    those of the forward
 // Source    original; Dao, arXiv:2307.08691
 #include "rope_attention/rope_attention_tiles.cuh"
@@ -16,7 +18,8 @@ namespace {
 template <class T, int kDim>
 struct Shape {
   static constexpr bool kHalf = sizeof(T) == 2;
-  static constexpr int kMaxWarps = kHalf ? (kDim <= 64 ? 8 : 4) : kDim <= 64 ? 4 : 2;
+  static constexpr int kMaxWarps = kHalf ? (kDim <= 64 ? 6 : 4) : kDim <= 64 ? 4 : 2;
+  static constexpr int kMinCtas = kHalf ? 2 : 1;
   static constexpr int kColumns = kHalf ? 32 : 16;
   static constexpr int kTile = kColumns * kPitch<T, kDim>;  // elements
   static constexpr int kStages = 4 * kTile;
@@ -57,7 +60,8 @@ struct Workspace {
 template <class T, int kDim>
 __device__ void store_gradient(float (&acc)[kDim / 8][4], void* memory, const RopeAttentionParams& p,
                                const HeadTensor& gradient, const HeadTensor& rotated, const Place& place, int first_row,
-                               const Rotation& rotation, const RopeLine* lines) {
+                               const RopeLine* lines) {
+  const Rotation rotation(p.rope, place.again().sequence, place.head);
   const int warp = threadIdx.x / 32, D = static_cast<int>(p.D);
   float* staging = static_cast<float*>(memory) + warp * kWarpRows * kStagingPitch<kDim>;
 #pragma unroll
@@ -72,7 +76,7 @@ __device__ void store_gradient(float (&acc)[kDim / 8][4], void* memory, const Ro
 }
 
 template <class T, bool kTf32, int kDim>
-__global__ void __launch_bounds__(Shape<T, kDim>::kMaxWarps * 32, 1)
+__global__ void __launch_bounds__(Shape<T, kDim>::kMaxWarps * 32, Shape<T, kDim>::kMinCtas)
     dq_kernel(const __grid_constant__ RopeAttentionParams p, int blocks, Workspace to) {
   using S = Shape<T, kDim>;
   extern __shared__ __align__(16) unsigned char memory[];
@@ -81,8 +85,8 @@ __global__ void __launch_bounds__(Shape<T, kDim>::kMaxWarps * 32, 1)
   if (place.start >= place.length) return;
   const int D = static_cast<int>(p.D), length = place.length, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int kv_head = place.head / static_cast<int>(p.H / p.Hkv);
-  const HeadRows<T> q(p.q, place, place.head), k(p.k, place, kv_head), v(p.v, place, kv_head);
-  const Rotation q_rotation(p.rope, place.sequence, place.head), k_rotation(p.rope, place.sequence, kv_head);
+  const HeadRows<T> q(p.q, place, place.head);
+  const Rotation q_rotation(p.rope, place.sequence, place.head);
   const bool split = q_rotation.split();
   T* const q_tile = reinterpret_cast<T*>(memory);
   T* const dout_tile = q_tile + S::row_tile(blockDim.x / 32);
@@ -91,8 +95,10 @@ __global__ void __launch_bounds__(Shape<T, kDim>::kMaxWarps * 32, 1)
   const auto keys_of = [&](int i) { return part_rows<S::kColumns>(end - i * S::kColumns); };
   const auto load = [&](int i, int stage) {
     T* tiles = stages + stage * 2 * S::kTile;
-    load_tile<T, kDim>(tiles, keys_of(i), k, i * S::kColumns, length, D, split);
-    load_tile<T, kDim>(tiles + S::kTile, keys_of(i), v, i * S::kColumns, length, D, false);
+    const Place here = place.again();
+    load_tile<T, kDim>(tiles, keys_of(i), HeadRows<T>(p.k, here, kv_head), i * S::kColumns, length, D, split);
+    load_tile<T, kDim>(tiles + S::kTile, keys_of(i), HeadRows<T>(p.v, here, kv_head), i * S::kColumns, length, D,
+                       false);
   };
   const int warp_rows = warp * kWarpRows * kPitch<T, kDim>, first_row = place.start + warp * kWarpRows;
 
@@ -101,7 +107,7 @@ __global__ void __launch_bounds__(Shape<T, kDim>::kMaxWarps * 32, 1)
   load_tile<T, kDim>(q_tile, rows, HeadRows<T>(p.out, place, place.head), place.start, length, D, false);
   copy_async_commit();
   q_rotation.lines(q_lines, rows, place.start, length);
-  k_rotation.lines(k_lines[0], S::kColumns, 0, length);
+  Rotation(p.rope, place.sequence, kv_head).lines(k_lines[0], S::kColumns, 0, length);
   copy_async_wait<0>();
   __syncthreads();
   const float warp_delta = row_delta<T, kDim>(dout_tile + warp_rows, q_tile + warp_rows);
@@ -127,6 +133,7 @@ __global__ void __launch_bounds__(Shape<T, kDim>::kMaxWarps * 32, 1)
   const float scale2 = p.scale * kLog2e;
   float acc[kDim / 8][4] = {};
   const auto arrive = [&](int i, int stage) {
+    const Rotation k_rotation(p.rope, place.again().sequence, kv_head);
     rotate_tile<T, kDim>(stages + stage * 2 * S::kTile, keys_of(i), k_lines[stage], k_rotation, D);
     k_rotation.lines(k_lines[1 - stage], S::kColumns, (i + 1) * S::kColumns, length);
   };
@@ -148,11 +155,11 @@ __global__ void __launch_bounds__(Shape<T, kDim>::kMaxWarps * 32, 1)
   pipeline(ceil_div(end, S::kColumns), load, arrive, use);
 
   __syncthreads();
-  store_gradient<T, kDim>(acc, memory, p, p.dq, to.rotated[0], place, first_row, q_rotation, q_lines);
+  store_gradient<T, kDim>(acc, memory, p, p.dq, to.rotated[0], place, first_row, q_lines);
 }
 
 template <class T, bool kTf32, int kDim>
-__global__ void __launch_bounds__(Shape<T, kDim>::kMaxWarps * 32, 1)
+__global__ void __launch_bounds__(Shape<T, kDim>::kMaxWarps * 32, Shape<T, kDim>::kMinCtas)
     dkdv_kernel(const __grid_constant__ RopeAttentionParams p, int blocks, Workspace from) {
   using S = Shape<T, kDim>;
   extern __shared__ __align__(16) unsigned char memory[];
@@ -177,15 +184,16 @@ __global__ void __launch_bounds__(Shape<T, kDim>::kMaxWarps * 32, 1)
   const auto start_of = [&](int i) { return begin + i % per_head * S::kColumns; };
   const auto queries_of = [&](int i) { return part_rows<S::kColumns>(length - start_of(i)); };
   const auto lines = [&](int i, int stage) {
-    Rotation(p.rope, place.sequence, head_of(i)).lines(q_lines[stage], S::kColumns, start_of(i), length);
+    Rotation(p.rope, place.again().sequence, head_of(i)).lines(q_lines[stage], S::kColumns, start_of(i), length);
   };
   const auto load = [&](int i, int stage) {
     T* tiles = stages + stage * 2 * S::kTile;
     const int head = head_of(i), start = start_of(i);
-    load_tile<T, kDim>(tiles, queries_of(i), HeadRows<T>(p.q, place, head), start, length, D, split);
-    load_tile<T, kDim>(tiles + S::kTile, queries_of(i), HeadRows<T>(p.dout, place, head), start, length, D, false);
-    const float* lse = place.statistic(p.lse, p, head) + start;
-    const float* delta = place.statistic(from.delta, p, head) + start;
+    const Place here = place.again();
+    load_tile<T, kDim>(tiles, queries_of(i), HeadRows<T>(p.q, here, head), start, length, D, split);
+    load_tile<T, kDim>(tiles + S::kTile, queries_of(i), HeadRows<T>(p.dout, here, head), start, length, D, false);
+    const float* lse = here.statistic(p.lse, p, head) + start;
+    const float* delta = here.statistic(from.delta, p, head) + start;
     for (int column = threadIdx.x; column < S::kColumns; column += blockDim.x) {
       const bool there = start + column < length;
       copy_async_4(&lse2s[stage][column], lse + (there ? column : 0), there);
@@ -216,12 +224,12 @@ __global__ void __launch_bounds__(Shape<T, kDim>::kMaxWarps * 32, 1)
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int key = first_row + lane / 4 + r * 8;
-    counts[r] = key < length && (p.key_mask == nullptr || p.key_mask[place.sample * p.S + key]);
+    counts[r] = key < length && (p.key_mask == nullptr || p.key_mask[int64_t{place.sample} * p.S + key]);
   }
   const auto arrive = [&](int i, int stage) {
     for (int column = threadIdx.x; column < S::kColumns; column += blockDim.x)
       lse2s[stage][column] = lse2_of(lse2s[stage][column]);
-    const Rotation rotation(p.rope, place.sequence, head_of(i));
+    const Rotation rotation(p.rope, place.again().sequence, head_of(i));
     rotate_tile<T, kDim>(stages + stage * 2 * S::kTile, queries_of(i), q_lines[stage], rotation, D);
     if (i + 1 < count) lines(i + 1, 1 - stage);
   };
@@ -263,7 +271,7 @@ __global__ void __launch_bounds__(Shape<T, kDim>::kMaxWarps * 32, 1)
   float* staging = reinterpret_cast<float*>(memory) + warp * kWarpRows * kStagingPitch<kDim>;
   if (p.dv.data != nullptr)
     store_rows<T, kDim>(dv, staging, HeadRows<T>(p.dv, place, place.head), first_row, length, D);
-  store_gradient<T, kDim>(dk, memory, p, p.dk, from.rotated[1], place, first_row, k_rotation, k_lines);
+  store_gradient<T, kDim>(dk, memory, p, p.dk, from.rotated[1], place, first_row, k_lines);
 }
 
 // A thread's pair of one patch of a table: the sum over all tokens that are the patch, and over heads, of q and of k.

@@ -73,8 +73,8 @@ __global__ void __launch_bounds__(Shape<T, kDim>::kMaxWarps * 32, Shape<T, kDim>
   if (place.start >= place.length) return;
   const int D = static_cast<int>(p.D), length = place.length, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int kv_head = place.head / static_cast<int>(p.H / p.Hkv);
-  const HeadRows<T> q(p.q, place, place.head), k(p.k, place, kv_head), v(p.v, place, kv_head);
-  const Rotation q_rotation(p.rope, place.sequence, place.head), k_rotation(p.rope, place.sequence, kv_head);
+  const HeadRows<T> q(p.q, place, place.head);
+  const Rotation q_rotation(p.rope, place.sequence, place.head);
   const bool split = q_rotation.split();
   T* const stages = reinterpret_cast<T*>(memory);
   T* const q_tile = stages + (S::kHalf ? 2 * S::kTile : S::kStages);
@@ -82,15 +82,16 @@ __global__ void __launch_bounds__(Shape<T, kDim>::kMaxWarps * 32, Shape<T, kDim>
   const auto keys_of = [&](int i) { return part_rows<S::kKeys>(end - i * S::kKeys); };
   const auto load = [&](int i, int stage) {
     T* to = stages + stage * 2 * S::kTile;
-    load_tile<T, kDim>(to, keys_of(i), k, i * S::kKeys, length, D, split);
-    load_tile<T, kDim>(to + S::kTile, keys_of(i), v, i * S::kKeys, length, D, false);
+    const Place here = place.again();
+    load_tile<T, kDim>(to, keys_of(i), HeadRows<T>(p.k, here, kv_head), i * S::kKeys, length, D, split);
+    load_tile<T, kDim>(to + S::kTile, keys_of(i), HeadRows<T>(p.v, here, kv_head), i * S::kKeys, length, D, false);
   };
   load_tile<T, kDim>(q_tile, place.rows(), q, place.start, length, D, split);
   copy_async_commit();
   load(0, 0);
   copy_async_commit();
   q_rotation.lines(q_lines, place.rows(), place.start, length);
-  k_rotation.lines(k_lines[0], S::kKeys, 0, length);
+  Rotation(p.rope, place.sequence, kv_head).lines(k_lines[0], S::kKeys, 0, length);
   __syncthreads();
   copy_async_wait<1>();
   rotate_tile<T, kDim>(q_tile, place.rows(), q_lines, q_rotation, D);
@@ -102,6 +103,7 @@ __global__ void __launch_bounds__(Shape<T, kDim>::kMaxWarps * 32, Shape<T, kDim>
   float acc[kDim / 8][4] = {};
   Softmax softmax;
   const auto arrive = [&](int i, int stage) {
+    const Rotation k_rotation(p.rope, place.again().sequence, kv_head);
     rotate_tile<T, kDim>(stages + stage * 2 * S::kTile, keys_of(i), k_lines[stage], k_rotation, D);
     k_rotation.lines(k_lines[1 - stage], S::kKeys, (i + 1) * S::kKeys, length);
   };

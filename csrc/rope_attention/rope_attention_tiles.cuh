@@ -31,9 +31,9 @@ __device__ inline float exp2_fast(float x) {
 // ---- where a CTA works ----------------------------------------------------------------------------------------------
 struct Place {
   int sequence, head;
-  int64_t sample, first;  // packed sequences are one sample, others start their own
-  int length;             // tokens of the sequence
-  int start;              // the CTA's first row
+  int sample, first;  // packed sequences are one sample, others start their own
+  int length;         // tokens of the sequence
+  int start;          // the CTA's first row
 
   __device__ Place(const RopeAttentionParams& p, int blocks, int heads)
       : Place(p, static_cast<int>(blockIdx.x) / blocks / heads) {
@@ -50,14 +50,21 @@ struct Place {
     } else {
       sample = 0;
       first = p.cu_seqlens[sequence];
-      length = p.cu_seqlens[sequence + 1] - static_cast<int>(first);
+      length = p.cu_seqlens[sequence + 1] - first;
     }
+  }
+  // The same, in a form that the compiler cannot tell from new numbers: what is computed from it is computed again,
+  // instead of being kept in registers.
+  __device__ Place again() const {
+    Place place = *this;
+    asm volatile("" : "+r"(place.sample), "+r"(place.first), "+r"(place.sequence));
+    return place;
   }
   __device__ static int rows() { return static_cast<int>(blockDim.x) / 32 * kWarpRows; }
 
   // Of a (B, H, S) tensor, varlen (H, S), of a head of q.
   __device__ float* statistic(float* data, const RopeAttentionParams& p, int of_head) const {
-    return data + (sample * p.H + of_head) * p.S + first;
+    return data + (static_cast<int64_t>(sample) * p.H + of_head) * p.S + first;
   }
 };
 
@@ -82,8 +89,7 @@ struct RopeLine {
 struct Rotation {
   const RopeTable& rope;
   const float *cos, *sin;
-  int64_t sequence;
-  int quarter, width;
+  int sequence, quarter, width;
   bool wide;  // 4 pairs are of one run, and 16 aligned bytes
 
   __device__ Rotation(const RopeTable& rope, int sequence, int head)
@@ -169,16 +175,33 @@ __device__ void load_channels(const T* p, float* v) {
   }
 }
 
+// One access each: nvcc may split the store of a vector whose words were computed apart.
+__device__ inline void store_words(uint32_t shared, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"r"(shared), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+__device__ inline void store_words(void* global, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"l"(global), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+__device__ inline void store_words(void* global, uint32_t a, uint32_t b) {
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};\n" ::"l"(global), "r"(a), "r"(b) : "memory");
+}
+// To a shared address or a global pointer.
+template <class At>
+__device__ void store_floats(At at, const float* v) {
+  store_words(at, __float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]), __float_as_uint(v[3]));
+}
+
+// kN channels to global memory.
 template <int kN, class T>
 __device__ void store_channels(T* p, const float* v) {
   if constexpr (sizeof(T) == 4) {
 #pragma unroll
-    for (int i = 0; i < kN; i += 4) *reinterpret_cast<float4*>(p + i) = make_float4(v[i], v[i + 1], v[i + 2], v[i + 3]);
+    for (int i = 0; i < kN; i += 4) store_floats(static_cast<void*>(p + i), v + i);
   } else if constexpr (kN == 4) {
-    *reinterpret_cast<uint2*>(p) = make_uint2(packed<T>(v[0], v[1]), packed<T>(v[2], v[3]));
+    store_words(p, packed<T>(v[0], v[1]), packed<T>(v[2], v[3]));
   } else {
-    *reinterpret_cast<uint4*>(p) =
-        make_uint4(packed<T>(v[0], v[1]), packed<T>(v[2], v[3]), packed<T>(v[4], v[5]), packed<T>(v[6], v[7]));
+    store_words(static_cast<void*>(p), packed<T>(v[0], v[1]), packed<T>(v[2], v[3]), packed<T>(v[4], v[5]),
+                packed<T>(v[6], v[7]));
   }
 }
 
@@ -203,7 +226,8 @@ __device__ void load_unit(const T* p, bool flip, float (&v)[kUnit]) {
 template <class T>
 __device__ void store_unit(T* p, bool flip, const float (&v)[kUnit]) {
   if constexpr (sizeof(T) == 2) {
-    store_channels<kUnit>(p, v);
+    store_words(shared_address(p), packed<T>(v[0], v[1]), packed<T>(v[2], v[3]), packed<T>(v[4], v[5]),
+                packed<T>(v[6], v[7]));
   } else {
     float a[4], b[4];
 #pragma unroll
@@ -211,8 +235,8 @@ __device__ void store_unit(T* p, bool flip, const float (&v)[kUnit]) {
       a[i] = flip ? v[4 + i] : v[i];
       b[i] = flip ? v[i] : v[4 + i];
     }
-    store_pack<4>(p + (flip ? 4 : 0), a);
-    store_pack<4>(p + (flip ? 0 : 4), b);
+    store_floats(shared_address(p + (flip ? 4 : 0)), a);
+    store_floats(shared_address(p + (flip ? 0 : 4)), b);
   }
 }
 
@@ -322,7 +346,8 @@ __device__ void rows_by_rows(float (&s)[kColumns / 8][4], const A& a, const T* b
   for (int n = 0; n < kColumns / 8; ++n)
 #pragma unroll
     for (int i = 0; i < 4; ++i) s[n][i] = 0.f;
-#pragma unroll
+  constexpr int kAtOnce = sizeof(T) == 4 && !kTf32 ? 2 : A::kSteps;  // split operands take many registers
+#pragma unroll(kAtOnce)
   for (int k = 0; k < A::kSteps; ++k) {
     uint32_t x[4];
     a.step(k, x);
@@ -357,10 +382,18 @@ __device__ void add_tile_by_rows(float (&acc)[kDim / 8][4], const float (&p)[kCo
   } else {
     // A lane has columns 2t and 2t + 1 of p and wants t and t + 4: the rows of b are taken in that order instead.
     const T* mine = b + lane % 4 * 2 * kPitch<T, kDim> + lane / 4;
+    constexpr int kSteps = kColumns / 8, kAtOnce = kTf32 || kDim < 128 ? kSteps : 1;  // as above
+#pragma unroll(kAtOnce)
+    for (int k = 0; k < kSteps; ++k) {
+      float scores[4];
 #pragma unroll
-    for (int k = 0; k < kColumns / 8; ++k) {
-      const uint32_t x[4] = {__float_as_uint(p[k][0]), __float_as_uint(p[k][2]), __float_as_uint(p[k][1]),
-                             __float_as_uint(p[k][3])};
+      for (int i = 0; i < 4; ++i) {
+        scores[i] = p[0][i];
+#pragma unroll
+        for (int j = 1; j < kSteps; ++j) scores[i] = k == j ? p[j][i] : scores[i];
+      }
+      const uint32_t x[4] = {__float_as_uint(scores[0]), __float_as_uint(scores[2]), __float_as_uint(scores[1]),
+                             __float_as_uint(scores[3])};
 #pragma unroll
       for (int n = 0; n < kDim / 8; ++n) {
         const T* at = mine + k * 8 * kPitch<T, kDim> + n * 8;
@@ -381,7 +414,7 @@ struct Keys {
 #pragma unroll
     for (int i = 0; i < (kColumns + 31) / 32; ++i) {
       const int key = start + i * 32 + lane;
-      const bool there = key < place.length && (p.key_mask == nullptr || p.key_mask[place.sample * p.S + key]);
+      const bool there = key < place.length && (p.key_mask == nullptr || p.key_mask[int64_t{place.sample} * p.S + key]);
       words[i] = __ballot_sync(0xffffffffu, there) >> (lane % 4 * 2);
     }
   }
