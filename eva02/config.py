@@ -147,6 +147,7 @@ _VARIANTS |= {
     "eva02_enormous_patch14_clip_224": ModelConfig(
         num_classes=1024, global_pool="token", use_post_norm=True, **_ENORMOUS
     ),
+    "eva_base_patch16_clip_224": ModelConfig(patch_size=16, num_classes=512, global_pool="token", init_values=0.1),
     "eva_giant_patch14_clip_224": ModelConfig(num_classes=1024, global_pool="token", **_GIANT),
     "eva_giant_patch14_224": ModelConfig(num_classes=1000, **_GIANT),
     "eva_giant_patch14_336": ModelConfig(img_size=336, num_classes=1000, **_GIANT),

@@ -16,6 +16,7 @@ open_clip = pytest.importorskip("open_clip")
 
 # Parameters of the whole and of the vision tower (executed upstream code).
 SIZES = {
+    "EVA01-CLIP-B-16": (149_629_697, 86_201_600),
     "EVA01-CLIP-g-14": (1_136_435_841, 1_012_588_928),
     "EVA01-CLIP-g-14-plus": (1_366_621_569, 1_012_588_928),
     "EVA02-CLIP-B-16": (149_691_137, 86_263_040),

@@ -47,6 +47,7 @@ def _process(rank: int, folder: str) -> None:
         for backend in ("cpu", "eager")
     }
     ours["cpu"] = lambda *leaves: clip_loss(*leaves, group=dist.group.WORLD)
+    ours["compiled"] = torch.compile(ours["cpu"], backend="aot_eager", fullgraph=True)
     ours["open_clip"] = open_clip_loss.ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=PROCESSES)
     torch.save({name: _gradients(f, image[own], text[own], scale) for name, f in ours.items()}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()

@@ -7,8 +7,8 @@ import json
 
 import pytest
 
-from eva02.config import list_models
 from eva02.recipes import FinetuneRecipe, Model, Recipe, get_preset, list_presets
+from eva02.train import clip, command
 from eva02.train.optim import steps_of
 
 
@@ -100,10 +100,12 @@ def test_published_contrastive_training(name, batch, vision, text, dropout):
     assert recipe.schedule.warmup_steps == 2000
 
 
-def test_models_exist():
-    known = set(list_models())
-    missing = {get_preset(name).model.name for name in list_presets() if get_preset(name).task != "clip"} - known
-    assert all(name.startswith("eva_giant_patch14") for name in missing)
+@pytest.mark.parametrize("name", list_presets())
+def test_every_preset_has_its_model(name):
+    recipe = get_preset(name)
+    model = (clip.make_model if recipe.task == "clip" else command.create_model)(recipe, "meta")
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in command.describe(recipe, model)
 
 
 def test_fields_by_name():

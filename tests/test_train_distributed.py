@@ -13,9 +13,10 @@ import torch.distributed as dist
 import train_runs
 from torch import Tensor
 
-from eva02.train.distributed import started
+from eva02.train.distributed import save_sharded, started
 from eva02.train.loop import Trainer
 from eva02.train.progress import read_log
+from eva02.train.state import CheckpointStore
 
 EXACT = {"model__drop_path_rate": 0.0, "optimizer__clip_grad": 0.05, "run__ema_decay": 0.5}
 """Drop path is drawn by each process for its own samples."""
@@ -122,6 +123,28 @@ def test_local_norm_is_the_mean_of_means(two_processes, tmp_path):
     torch.testing.assert_close(two["values"][0, 0], mean_of_means.detach(), rtol=1e-4, atol=1e-6)
     mean_of_all = sum(count * loss for count, loss in zip(counts, losses, strict=True)) / sum(counts)
     assert (mean_of_means - mean_of_all).abs() > 1e-5
+
+
+def fail_to_save(world, folder):
+    store = CheckpointStore(folder, 3, world)
+    state = {"x": torch.full((4,), float(world.rank))}
+    store.save(1, {}, {}, lambda path: save_sharded(path, state))
+
+    def without_place(path):
+        if world.is_main:
+            path.touch()
+        dist.barrier()
+        save_sharded(path, state)
+
+    with pytest.raises(OSError, match=r"step-00000002 could not be written: process \d"):
+        store.save(2, {}, {}, without_place)
+    dist.barrier()
+    assert [path.name for path in folder.iterdir()] == ["step-00000001"]
+    assert store.newest().name == "step-00000001"
+
+
+def test_shards_that_cannot_be_written_lose_no_earlier_checkpoint(two_processes, tmp_path):
+    two_processes("fail_to_save", str(tmp_path))
 
 
 RESUMED = {"run__ema_decay": 0.5, "run__checkpoint_every": 3}

@@ -248,8 +248,19 @@ struct Options {
   u32 threads = 1;
 };
 
-// What is known of the times of warps, by CTA.
-using Knowledge = std::map<u32, std::vector<u32>>;
+// What is known of the times of warps, by CTA. Every release takes a copy, which shares what has not changed since.
+class Knowledge {
+ public:
+  using Times = std::shared_ptr<const std::vector<u32>>;
+  const std::vector<u32>* find(u32 cta) const;  // nullptr for none
+  void add(u32 cta, const Times& times);        // the later ones of these and of what is known
+  void add(const Knowledge& more);
+
+ private:
+  static constexpr u32 kChunk = 64;
+  using Chunk = std::array<Times, kChunk>;
+  std::vector<std::shared_ptr<const Chunk>> chunks_;
+};
 using Known = std::shared_ptr<const Knowledge>;
 Known join(const Known& a, const Known& b);
 

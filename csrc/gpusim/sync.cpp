@@ -264,9 +264,8 @@ bool before_in_grid(const Warp& w, int lane, u64 who) {
   const u32 cta = static_cast<u32>(who >> 32) - 1, stamp = static_cast<u32>(who);
   if (cta == w.cta->linear) return (stamp & kSeveralWarps) == kSeveralWarps || before(w, lane, stamp);
   if (w.foreign == nullptr) return false;
-  const auto known = w.foreign->find(cta);
-  return known != w.foreign->end() && warp_of(stamp) < known->second.size() &&
-         time_of(stamp) < known->second[warp_of(stamp)];
+  const std::vector<u32>* known = w.foreign->find(cta);
+  return known != nullptr && warp_of(stamp) < known->size() && time_of(stamp) < (*known)[warp_of(stamp)];
 }
 
 std::string who_in_grid(const Warp& w, u64 who) {
@@ -365,15 +364,63 @@ void follow_write(Warp& w, const Op& op, int lane, Region& r, u64 offset, const 
 }
 
 // ---- what is known of other CTAs
+const std::vector<u32>* Knowledge::find(u32 cta) const {
+  const u32 chunk = cta / kChunk;
+  return chunk < chunks_.size() && chunks_[chunk] ? (*chunks_[chunk])[cta % kChunk].get() : nullptr;
+}
+
+namespace {
+
+// The later times of both; one of them itself, where it has them all.
+Knowledge::Times later(const Knowledge::Times& a, const Knowledge::Times& b) {
+  if (a == nullptr || a == b) return b;
+  if (b == nullptr) return a;
+  const auto covers = [](const std::vector<u32>& x, const std::vector<u32>& y) {
+    if (x.size() < y.size()) return false;
+    for (size_t i = 0; i < y.size(); ++i)
+      if (x[i] < y[i]) return false;
+    return true;
+  };
+  if (covers(*a, *b)) return a;
+  if (covers(*b, *a)) return b;
+  auto out = std::make_shared<std::vector<u32>>(*a);
+  out->resize(std::max(a->size(), b->size()));
+  for (size_t i = 0; i < b->size(); ++i) (*out)[i] = std::max((*out)[i], (*b)[i]);
+  return out;
+}
+
+}  // namespace
+
+void Knowledge::add(u32 cta, const Times& times) {
+  const u32 chunk = cta / kChunk;
+  if (chunk >= chunks_.size()) chunks_.resize(chunk + 1);
+  auto copy = chunks_[chunk] ? std::make_shared<Chunk>(*chunks_[chunk]) : std::make_shared<Chunk>();
+  Times& mine = (*copy)[cta % kChunk];
+  mine = later(mine, times);
+  chunks_[chunk] = std::move(copy);
+}
+
+void Knowledge::add(const Knowledge& more) {
+  chunks_.resize(std::max(chunks_.size(), more.chunks_.size()));
+  for (size_t i = 0; i < more.chunks_.size(); ++i) {
+    const auto &mine = chunks_[i], &other = more.chunks_[i];
+    if (other == nullptr || mine == other) continue;
+    if (mine == nullptr) {
+      chunks_[i] = other;
+      continue;
+    }
+    Chunk joined;
+    for (u32 k = 0; k < kChunk; ++k) joined[k] = later((*mine)[k], (*other)[k]);
+    if (joined == *mine) continue;
+    chunks_[i] = joined == *other ? other : std::make_shared<const Chunk>(joined);
+  }
+}
+
 Known join(const Known& a, const Known& b) {
   if (a == nullptr || a == b) return b;
   if (b == nullptr) return a;
   auto out = std::make_shared<Knowledge>(*a);
-  for (const auto& [cta, times] : *b) {
-    auto& mine = (*out)[cta];
-    mine.resize(std::max(mine.size(), times.size()));
-    for (size_t i = 0; i < times.size(); ++i) mine[i] = std::max(mine[i], times[i]);
-  }
+  out->add(*b);
   return out;
 }
 
@@ -384,18 +431,18 @@ void Warp::tick(const Op& op) {
 
 Known Warp::snapshot() const {
   auto out = foreign ? std::make_shared<Knowledge>(*foreign) : std::make_shared<Knowledge>();
-  auto& own = (*out)[cta->linear];
-  own.resize(clock.size());
   // What this warp did until now is in it: later operations carry a later time.
-  for (size_t i = 0; i < clock.size(); ++i) own[i] = std::max(own[i], clock[i]);
-  own[static_cast<size_t>(index)] += 1;
+  auto own = std::make_shared<std::vector<u32>>(clock);
+  if (const std::vector<u32>* known = out->find(cta->linear))
+    for (size_t i = 0; i < std::min(own->size(), known->size()); ++i) (*own)[i] = std::max((*own)[i], (*known)[i]);
+  (*own)[static_cast<size_t>(index)] += 1;
+  out->add(cta->linear, own);
   return out;
 }
 
 void Warp::learn(const Known& what) {
   if (what == nullptr) return;
-  const auto own = what->find(cta->linear);
-  if (own != what->end()) learn(own->second);
+  if (const std::vector<u32>* own = what->find(cta->linear)) learn(*own);
   foreign = join(foreign, what);
 }
 

@@ -51,6 +51,7 @@ _BASE, _LARGE, _HUGE, _GIANT = (
 )
 # baaivision/EVA's names -> (vision tower, text tower)
 _MODELS = {
+    "EVA01-CLIP-B-16": ("eva_base_patch16_clip_224", _BASE),  # a configuration without weights
     "EVA01-CLIP-g-14": ("eva_giant_patch14_clip_224", _LARGE),
     "EVA01-CLIP-g-14-plus": ("eva_giant_patch14_clip_224", _HUGE),
     "EVA02-CLIP-B-16": ("eva02_base_patch16_clip_224", _BASE),

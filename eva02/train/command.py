@@ -217,7 +217,7 @@ def describe(recipe: Recipe, model: nn.Module, measured: float | None = None, si
         seconds = total * recipe.data.batch_size / measured / size
         lines.append(
             f"time       {measured:.4g} images/s measured here in one process: {seconds / 3600:.2f} hours for "
-            f"{size} process(es), loading and communication not counted"
+            f"{size} process(es); loading, communication and a teacher not counted"
         )
     return "\n".join(lines)
 

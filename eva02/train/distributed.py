@@ -163,10 +163,18 @@ def shard(model: nn.Module) -> list[str]:
 
 
 def save_sharded(path: Path, state: State) -> None:
-    """Each process writes its shards of a state of models and optimisers' states."""
+    """Each process writes its shards of a state of models and optimisers' states.
+
+    Raises:
+        OSError: on all processes, where any of them could not write.
+    """
     import torch.distributed.checkpoint as dcp
 
-    dcp.save(state, checkpoint_id=path)
+    try:
+        dcp.save(state, checkpoint_id=path)
+    except dcp.CheckpointException as error:  # which is no Exception
+        causes = "; ".join(f"process {rank}: {failure[0]}" for rank, failure in error.failures.items())
+        raise OSError(causes) from error
 
 
 def load_sharded(path: Path, state: State) -> None:

@@ -93,7 +93,7 @@ class CheckpointStore:
         if sharded is not None:
             try:
                 sharded(hidden / "sharded")
-            except Exception as error:  # torch.distributed.checkpoint has its own, which wraps everyone's
+            except OSError as error:
                 problem = str(error)
             self._agree(problem, hidden)
         parts = self.world.gather(written)
