@@ -13,6 +13,7 @@
 #include "gpusim/seam.h"
 #define EVA02_KEY CPU
 #else
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #define EVA02_KEY CUDA
 #endif
@@ -32,7 +33,8 @@ class Target {
   explicit Target(const Tensor& like) : like_(like) {
 #if !defined(EVA02_SIMULATOR)
     guard_ = std::make_unique<torch::stable::accelerator::DeviceGuard>(like.get_device_index());
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &device_.stream));
+    if (aoti_torch_get_current_cuda_stream(like.get_device_index(), &device_.stream) != AOTI_TORCH_SUCCESS)
+      throw std::runtime_error("torch has no current CUDA stream");
 #endif
     device_.allocator = this;
     device_.allocate = [](size_t bytes, void* self) { return static_cast<Target*>(self)->allocate(bytes); };

@@ -136,13 +136,17 @@ __device__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
       b1[i] = split_tf32(b0[i]);
       b2[i] = split_tf32(b1[i]);
     }
-    // The smallest first. The last parts are exact in tf32 but for float32's own last bits.
-    mma_tf32(d, a2, b0);
-    mma_tf32(d, a0, b2);
-    mma_tf32(d, a1, b1);
-    mma_tf32(d, a1, b0);
-    mma_tf32(d, a0, b1);
-    mma_tf32(d, a0, b0);
+    // The smallest first, on their own: tensor cores truncate a sum, so that d, the larger, is rounded once, by FADD.
+    // The last parts are exact in tf32 but for float32's own last bits.
+    float part[4] = {};
+    mma_tf32(part, a2, b0);
+    mma_tf32(part, a0, b2);
+    mma_tf32(part, a1, b1);
+    mma_tf32(part, a1, b0);
+    mma_tf32(part, a0, b1);
+    mma_tf32(part, a0, b0);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) d[i] += part[i];
   }
 }
 

@@ -221,16 +221,6 @@ struct OperandTile {
   }
 };
 
-// d += A B. The six products of float32 are added up on their own: d, the larger, is rounded once.
-template <class T, bool kTf32>
-__device__ void add_product(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  if constexpr (sizeof(T) == 2 || kTf32) return mma<T, kTf32>(d, a, b);
-  float part[4] = {};
-  mma<T, kTf32>(part, a, b);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) d[i] += part[i];
-}
-
 // ---- kernels --------------------------------------------------------------------------------------------------------
 // An Epilogue is made of its parameters and of a thread's first column, and called with a row and 8 columns of the
 // product; kDual: of both products. Column sums of what a call leaves in its arguments go to partial sums, if kSums.
@@ -288,7 +278,7 @@ __global__ void __launch_bounds__(kProductThreads, kTf32 ? Tile::kCtas : 3)
         for (int half = 0; half < 2; ++half) {
           const uint32_t column[2] = {b[2 * half], b[2 * half + 1]};
 #pragma unroll
-          for (int m = 0; m < kMTiles; ++m) add_product<T, kTf32>(acc[m][n + half], a[m], column);
+          for (int m = 0; m < kMTiles; ++m) mma<T, kTf32>(acc[m][n + half], a[m], column);
         }
       }
     }
