@@ -56,6 +56,7 @@ def test_products_use_matrix_instructions(quick):
         for name, k in group["kernels"].items():
             multiplies = name.startswith(("_rope_attention", "_project", "_activate_kernel", "_hidden_gradient_kernel",
                                           "_qkv_rope"))  # fmt: skip
+            multiplies |= " clip_loss " in key and name.startswith(("_features", "_gradient", "_statistics"))
             assert k["matrix"] == (kinds[key.split()[0]] if multiplies else ""), f"{key} {name}"
 
 
