@@ -51,10 +51,10 @@ def architectures(library: Path) -> list[int]:
 
 def demangled(names: list[str]) -> list[str]:
     """As they are in the source, without namespaces and parameters: ``swiglu_cuda fwd_kernel<float, 4>``."""
-    files = [found[1] if (found := re.search(r"_\d+_(\w+?)_cu_", name)) else "" for name in names]
+    files = [found[1] if (found := re.search(r"_GLOBAL__N__[0-9a-f]+_\d+_(\w+?)_cu_", n)) else "" for n in names]
     result = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
-    plain = (re.sub(r"\(anonymous namespace\)::|\(eva02::[^)]*\)|eva02::(cuda::)?", "", n) for n in result.splitlines())
-    short = (re.sub(r"^void |\(.*", "", n) for n in plain)
+    plain = (re.sub(r"\(anonymous namespace\)::|eva02::(cuda::)?", "", name) for name in result.splitlines())
+    short = (re.sub(r"^void |\(.*", "", name) for name in plain)
     return [f"{file} {name}" for file, name in zip(files, short, strict=True)]
 
 
