@@ -18,7 +18,7 @@ from eva02.config import ModelConfig
 from eva02.files import atomic_file
 from eva02.recipes import Recipe, get_preset, list_presets
 from eva02.train.distributed import World, choose_device, started
-from eva02.train.loop import INTERRUPTED, Outcome, Task, Trainer
+from eva02.train.loop import INTERRUPTED, Task, Trainer
 from eva02.train.optim import steps_of
 from eva02.train.progress import forward_flops
 
@@ -128,20 +128,11 @@ def train(recipe: Recipe, build: Build) -> int:
                 file.write(json.dumps(recipe.to_dict(), indent=1).encode())
             if trainer.step:
                 print(f"continuing from step {trainer.step} of {trainer.total}", file=sys.stderr)
-        outcome = _reporting_bad_images(trainer.run)
+        outcome = trainer.run()
     if outcome.finished:
         return 0
     print(f"stopped after step {outcome.step}, saved; the same command continues", file=sys.stderr)
     return INTERRUPTED
-
-
-def _reporting_bad_images(call: Callable[[], Outcome]) -> Outcome:
-    from eva02.data import BadImages
-
-    try:
-        return call()
-    except BadImages as error:  # a mistake of the data, told in a line and not as a failure of the program
-        raise ValueError(str(error)) from error
 
 
 def validation_batches(

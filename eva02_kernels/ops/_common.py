@@ -254,6 +254,13 @@ def product_backends(
     )
 
 
+def loss_unsupported(direction: str, args: tuple[Any, ...]) -> Sequence[str]:
+    """Of a loss's kernels: backward's first argument, the loss gradient, is float32 whatever the features are."""
+    if direction == "bwd" and args[1].dtype == torch.float64:
+        return ("needs float32, bfloat16 or float16, got float64",)
+    return ()
+
+
 def whole_rows_only(direction: str, args: tuple[Any, ...]) -> Sequence[str]:
     """A Triton kernel's reason: it holds a row of the operator's main tensor in registers."""
     width = args[0].shape[-1]

@@ -49,11 +49,3 @@ def bwd(
         own_texts = (t[own] for t in texts)
         backward(dloss, text, rows_2d(all_image), logit_scale, first, *own_texts, *images, dtext, None, None)
     return present(grads)
-
-
-def unsupported(direction: str, args: tuple[object, ...]) -> Sequence[str]:
-    if direction == "bwd":  # the first argument, the loss gradient, is float32 whatever the features are
-        dtype = args[1].dtype  # type: ignore[attr-defined]
-        if dtype == torch.float64:
-            return ("needs float32, bfloat16 or float16, got float64",)
-    return ()

@@ -17,6 +17,7 @@ from eva02_kernels.ops._common import (
     check_like,
     cpu_backend,
     eager_backend,
+    loss_unsupported,
     triton_backend,
 )
 from eva02_kernels.ops.clip_loss import native
@@ -176,8 +177,8 @@ SPEC = define(
         setup_context=_setup_context,
         backward=_backward,
         backends=(
-            triton_backend("clip_loss", native.unsupported),
-            cpu_backend(native.fwd, native.bwd, native.unsupported),
+            triton_backend("clip_loss", loss_unsupported),
+            cpu_backend(native.fwd, native.bwd, loss_unsupported),
             eager_backend(_eager_fwd, _eager_bwd),
         ),
         samples=_samples,

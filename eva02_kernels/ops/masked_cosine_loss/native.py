@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from eva02_kernels._native import Library
-from eva02_kernels.ops._common import contiguous, cuda_rows, empty_like_needed, present, rows_2d
+from eva02_kernels.ops._common import contiguous, cuda_rows, empty_like_needed, loss_unsupported, present, rows_2d
 
 
 def fwd(lib: Library, pred: Tensor, target: Tensor, idx: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -28,13 +28,5 @@ def bwd(
     return present(grads)
 
 
-def unsupported(direction: str, args: tuple[Any, ...]) -> Sequence[str]:
-    if direction == "bwd":  # the first argument, the loss gradient, is float32 whatever the features are
-        dtype = args[1].dtype
-        if dtype == torch.float64:
-            return ("needs float32, bfloat16 or float16, got float64",)
-    return ()
-
-
 def cuda_unsupported(direction: str, args: tuple[Any, ...]) -> Sequence[str]:
-    return unsupported(direction, args) or cuda_rows(direction, args[direction == "bwd" :])
+    return loss_unsupported(direction, args) or cuda_rows(direction, args[direction == "bwd" :])

@@ -16,6 +16,7 @@ from eva02_kernels.ops._common import (
     cpu_backend,
     cuda_backend,
     eager_backend,
+    loss_unsupported,
     reference_backward,
     triton_backend,
 )
@@ -133,8 +134,8 @@ SPEC = define(
         backward=_backward,
         backends=(
             cuda_backend(native.fwd, native.bwd, native.cuda_unsupported),
-            triton_backend("masked_cosine_loss", native.unsupported),
-            cpu_backend(native.fwd, native.bwd, native.unsupported),
+            triton_backend("masked_cosine_loss", loss_unsupported),
+            cpu_backend(native.fwd, native.bwd, loss_unsupported),
             eager_backend(
                 _eager_fwd,
                 reference_backward(
