@@ -43,6 +43,9 @@ def add_command(commands: Any) -> None:
     cache.add_argument(
         "--scale", type=float, default=0.2, help="smallest share of an image in a crop (default %(default)s)"
     )
+    cache.add_argument(
+        "--hflip", type=float, default=0.5, help="probability of a horizontal flip (default %(default)s)"
+    )
     cache.add_argument("--seed", type=int, default=0, help="of the crops: the training run's (default %(default)s)")
     cache.add_argument("--store", choices=("bf16", "fp8"), default="bf16", help="stored type (default %(default)s)")
     cache.add_argument("--shard-size", type=int, default=1024, help="images per file (default %(default)s)")
@@ -111,6 +114,7 @@ def _write_cache(args: argparse.Namespace) -> None:
         teacher,
         crops=args.crops,
         scale=(args.scale, 1.0),
+        hflip=args.hflip,
         seed=args.seed,
         dtype=args.store,
         shard_size=args.shard_size,

@@ -53,6 +53,7 @@ class Data:
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Area of a random crop, as a share of the image."""
     hflip: float = 0.5
+    """Probability of a horizontal flip."""
     auto_augment: str | None = None
     """timm's description."""
     random_erasing: float = 0.0
@@ -626,6 +627,7 @@ _DIGITS_DATA: dict[str, Any] = {
     "samples": 1437,
     "batch_size": 64,
     "workers": 0,
+    "hflip": 0.0,
 }
 _DIGITS_RUN: dict[str, Any] = {"precision": "float32", "log_every": 10, "checkpoint_every": 200}
 _PRESETS["eva02_digits_mim"] = PretrainRecipe(
@@ -637,14 +639,14 @@ _PRESETS["eva02_digits_mim"] = PretrainRecipe(
 )
 _PRESETS["eva02_digits"] = FinetuneRecipe(
     model=Model(f"{_B}_224", {**_DIGITS_MODEL, "num_classes": 10, "drop_path_rate": 0.1}),
-    data=Data(**_DIGITS_DATA, crop_scale=(0.6, 1.0), hflip=0.0),
+    data=Data(**_DIGITS_DATA, crop_scale=(0.6, 1.0)),
     optimizer=Optimizer(lr=1e-3, betas=(0.9, 0.98), clip_grad=3.0),
     schedule=Schedule(epochs=30, warmup_epochs=3, min_lr=1e-5),
     run=Run(**_DIGITS_RUN, eval_every=5),
 )
 _PRESETS["eva02_digits_clip"] = ClipRecipe(
     model=Model("EVA02-CLIP-B-16", {**_DIGITS_MODEL, "num_classes": 64, "head_init_scale": 1.0}),
-    data=Data(**_DIGITS_DATA, crop_scale=(0.6, 1.0), hflip=0.0),
+    data=Data(**_DIGITS_DATA, crop_scale=(0.6, 1.0)),
     optimizer=Optimizer(lr=1e-3, betas=(0.9, 0.98), clip_grad=3.0),
     schedule=Schedule(epochs=20, warmup_epochs=2, min_lr=1e-5),
     run=Run(**_DIGITS_RUN, eval_every=5),

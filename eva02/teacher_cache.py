@@ -60,6 +60,8 @@ class CacheSpec:
     seed: int = 0
     dtype: str = "bf16"
     shard_size: int = 1024
+    hflip: float = 0.5
+    """Probability with which a view is of the mirrored image."""
 
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
@@ -202,7 +204,7 @@ class _Views(Dataset[Any]):
             nothing = torch.zeros(len(Crop._fields), dtype=torch.int64)
             bad = f"{type(error).__name__}: {error}"
             return torch.zeros(3, *spec.img_size), nothing, torch.tensor(facts), (self.source.name(index), bad)
-        crop = Crop.draw(image, sample_rng(spec.seed, view, index).spawn(2)[0], spec.scale)
+        crop = Crop.draw(image, sample_rng(spec.seed, view, index).spawn(2)[0], spec.scale, hflip=spec.hflip)
         facts = _image_facts(self.source, index, image.size)
         return crop.apply(image, spec.img_size), torch.tensor([int(x) for x in crop]), torch.tensor(facts), ("", "")
 
@@ -213,8 +215,8 @@ class CacheWriter:
     Args:
         root: the cache's folder, made where it does not exist.
         source, teacher: images, and who looks at them.
-        crops, scale, seed, dtype, shard_size: see `CacheSpec`. `seed` and `scale` are those of the training run whose
-            crops these are to be.
+        crops, scale, hflip, seed, dtype, shard_size: see `CacheSpec`. `scale`, `hflip` and `seed` are those of the
+            training run whose crops these are to be.
         rank, world_size: this process writes every world_size-th shard.
 
     Raises:
@@ -229,6 +231,7 @@ class CacheWriter:
         *,
         crops: int = 1,
         scale: tuple[float, float] = (0.2, 1.0),
+        hflip: float = 0.5,
         seed: int = 0,
         dtype: str = "bf16",
         shard_size: int = 1024,
@@ -246,6 +249,7 @@ class CacheWriter:
             channels=teacher.dim,
             img_size=teacher.img_size,
             scale=scale,
+            hflip=hflip,
             seed=seed,
             dtype=dtype,
             shard_size=shard_size,

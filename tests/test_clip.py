@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 from parity import compare, count, double_reference, images, randomise, shapes
-from torch import Tensor, nn
+from torch import nn
 
 import eva02
 import eva02.clip
@@ -218,51 +218,3 @@ def test_retrieval_with_several_captions():
     )
     with pytest.raises(ValueError, match="each of the 3 images"):
         eva02.clip.retrieval_recall(image, text, torch.zeros(5, dtype=torch.long))
-
-
-# ---- training --------------------------------------------------------------------------------------------------------
-def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """scikit-learn's digits as images (N, 3, 8, 8), stratified: train images and labels, held-out ones."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    data = load_digits()
-    pixels = torch.tensor(data.images, dtype=torch.float32).div_(8).sub_(1)[:, None].expand(-1, 3, -1, -1)
-    split = train_test_split(range(len(pixels)), test_size=0.2, random_state=0, stratify=data.target)
-    labels = torch.tensor(data.target)
-    (train, held_out) = (torch.tensor(part) for part in split)
-    return pixels[train], labels[train], pixels[held_out], labels[held_out]
-
-
-@pytest.mark.full
-def test_digits_are_classified_by_their_names():
-    """Trained on images and captions alone: zero-shot accuracy of held-out digits by prompts."""
-    torch.manual_seed(0)
-    names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-    templates = ("a photo of the digit {}", "the number {}", "{}", "a handwritten {}")
-    model = eva02.clip.create_model(
-        "EVA02-CLIP-B-16",
-        text={"width": 64, "depth": 2, "num_heads": 2, "context_length": 12},
-        **{"img_size": 8, "patch_size": 2, "embed_dim": 96, "num_heads": 3, "depth": 4, "num_classes": 64},
-    )
-    train, labels, held_out, held_out_labels = digits()
-    captions = eva02.clip.tokenize([t.format(name) for t in templates for name in names], 12).unflatten(0, (4, 10))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
-    by_digit = [(labels == digit).nonzero().squeeze(1) for digit in range(10)]
-    steps = 500
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-    for _ in range(steps):
-        # Two images of each digit would be each other's captions: one of each.
-        chosen = torch.stack([of[torch.randint(len(of), (4,))] for of in by_digit], 1)  # four batches of ten pairs
-        optimizer.zero_grad()
-        texts = captions[torch.randint(4, (4, 10)), torch.arange(10)]
-        image = model.encode_image(train[chosen.flatten()], True).unflatten(0, (4, 10))
-        text = model.encode_text(texts.flatten(0, 1), True).unflatten(0, (4, 10))
-        loss = sum(clip_loss(image[i], text[i], model.logit_scale.exp()) for i in range(4)) / 4
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        model.clamp_logit_scale_()
-    classes = eva02.clip.class_embeddings(model.eval(), names, templates)
-    accuracy = eva02.clip.zero_shot_accuracy(model, [(held_out, held_out_labels)], classes, topk=(1,))[1]
-    assert accuracy >= 0.95, accuracy

@@ -232,13 +232,19 @@ def views(transform, count=400):
 
 
 def test_flips_and_crops():
-    """Pre-training and fine-tuning flip half of the views, contrastive training none; crops have their areas."""
-    flipped = np.mean([left > right for left, right in views(MIM)])
-    assert abs(flipped - 0.5) < 0.1
-    flipped = np.mean([left > right for left, right in views(FinetuneTransform(SIZE, auto_augment=None))])
-    assert abs(flipped - 0.5) < 0.1
-    clip = ClipTransform(SIZE, lambda texts: torch.zeros(1, 1), classes=["x"])
-    assert all(left < right for left, right in views(clip, 50))
+    """Pre-training and fine-tuning flip half of the views, contrastive training none, or as they are told; crops have
+    their areas."""
+
+    def clip(**options):
+        return ClipTransform(SIZE, lambda texts: torch.zeros(1, 1), classes=["x"], **options)
+
+    def mim(**options):
+        return MimTransform(SIZE, BlockMask.for_grid((2, 2)), **options)
+
+    for transform, share in ((mim(), 0.5), (mim(hflip=0.2), 0.2), (mim(hflip=0.0), 0.0), (clip(), 0.0),
+                             (clip(hflip=0.5), 0.5), (FinetuneTransform(SIZE, auto_augment=None), 0.5)):  # fmt: skip
+        flipped = np.mean([left > right for left, right in views(transform)])
+        assert flipped == 0.0 if share == 0.0 else abs(flipped - share) < 0.1
     image = Image.new("RGB", (200, 100))
     crops = [Crop.draw(image, np.random.default_rng(seed)) for seed in range(400)]
     areas = np.array([crop.height * crop.width / 20000 for crop in crops])

@@ -403,7 +403,7 @@ def test_a_run_teaches_through_a_cache_as_without(tmp_path, capsys):
     assert main(["finetune", "--preset", "eva02_digits", *short, "--steps", "2", "--output", run]) == 0
     assert main(["evaluate", "digits", "--model", run]) == 0
     assert "    360 " in capsys.readouterr().out.splitlines()[-1]
-    views = ["--seed", "5", "--scale", "0.5", "--crops", "1"]
+    views = ["--seed", "5", "--scale", "0.5", "--hflip", "0", "--crops", "1"]
     assert main(["features", "digits", "--model", run, "--out", cache, "--batch-size", "64", *views]) == 0
     losses = {}
     for name, source in (("live", ["--teacher", run]), ("cached", ["--teacher-cache", cache])):

@@ -508,7 +508,8 @@ def test_cached_features_train_as_the_teacher_itself(tmp_path):
     recipe = train_runs.recipe("pretrain", schedule__steps=3)
     model = eva02.create_model(recipe.model.name, **{**recipe.model.options, "head": "classifier", "num_classes": 0})
     teacher = Teacher(model)
-    writer = CacheWriter(tmp_path, open_source("digits"), teacher, crops=1, scale=recipe.data.crop_scale)
+    crops = {"scale": recipe.data.crop_scale, "hflip": recipe.data.hflip}
+    writer = CacheWriter(tmp_path, open_source("digits"), teacher, crops=1, **crops)
     for _ in writer.write(writer.shards):
         pass
     wide = {"model__mim_dim": 32, "schedule__steps": 3}
@@ -520,5 +521,9 @@ def test_cached_features_train_as_the_teacher_itself(tmp_path):
     from_cache = loop.Trainer(cached, loader, live.recipe).run().losses
     assert from_cache == pytest.approx(losses, abs=2e-3)
     assert from_cache != losses
+    with pytest.raises(ValueError, match=r"flip\) \(\(0.5, 1.0\), 0.0\); data.crop_scale and data.hflip are .* 0.5\)"):
+        pretrain.build(
+            train_runs.recipe("pretrain", **wide, mim__teacher_cache=str(tmp_path), data__hflip=0.5), World()
+        )
     with pytest.raises(ValueError, match="the student predicts"):
         pretrain.build(train_runs.recipe("pretrain", mim__teacher_cache=str(tmp_path)), World())

@@ -151,8 +151,8 @@ RESUMED = {"run__ema_decay": 0.5, "run__checkpoint_every": 3}
 
 
 def train_and_resume(world, folder, how):
-    """A run in one go, and one that is stopped after three steps and goes on in a trainer of its own."""
-    recipe = train_runs.recipe("finetune", **RESUMED, run__parallel=how)
+    """A run in one go, and one that is told to stop in its third step and goes on in a trainer of its own."""
+    recipe = train_runs.recipe("finetune", **RESUMED, run__parallel=how, run__log_every=100)
     assert train_runs.trainer(recipe, folder / "whole", world).run().finished
     first = train_runs.trainer(recipe, folder / "broken", world)
     step = first.train_step
@@ -165,14 +165,14 @@ def train_and_resume(world, folder, how):
     first.train_step = told
     assert not first.run().finished
     second = train_runs.trainer(recipe, folder / "broken", world)
-    assert second.step == 3
+    assert second.step == 4
     assert second.run().finished
     dist.barrier()
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_resume_is_exact(how, two_processes, tmp_path, caplog):
-    """A signal to one process stops both; the weights that come out are those of a run in one go."""
+    """A signal to one process stops both a step later; the weights that come out are those of a run in one go."""
     for name in ("whole", "broken"):
         (tmp_path / name).mkdir()
     two_processes("train_and_resume", str(tmp_path), how)

@@ -58,11 +58,12 @@ class Crop(NamedTuple):
         rng: np.random.Generator,
         scale: tuple[float, float] = (0.2, 1.0),
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        hflip: float = 0.5,
     ) -> Crop:
-        """Flip in half of the cases, then a box of `scale` times the image's area and of a log-uniform aspect."""
+        """Flip with probability `hflip`, then a box of `scale` times the image's area and of a log-uniform aspect."""
         from timm.data.transforms import RandomResizedCropAndInterpolation
 
-        flip = bool(rng.random() < 0.5)
+        flip = bool(rng.random() < hflip)
         with seeded(rng):
             top, left, height, width = RandomResizedCropAndInterpolation.get_params(image, scale, ratio)
         return cls(top, left, height, width, flip)
@@ -95,11 +96,13 @@ class MimTransform:
     """Height and width, in pixels."""
     mask: BlockMask
     scale: tuple[float, float] = (0.2, 1.0)
+    hflip: float = 0.5
+    """Probability of a horizontal flip; 0 for digits and text."""
 
     def __call__(self, image: Image.Image, target: Any, rng: np.random.Generator) -> Sample:
         crop_rng, mask_rng = rng.spawn(2)
         cached = target if isinstance(target, TeacherView) else None
-        crop = cached.crop if cached else Crop.draw(image, crop_rng, self.scale)
+        crop = cached.crop if cached else Crop.draw(image, crop_rng, self.scale, hflip=self.hflip)
         sample = {"image": crop.apply(image, self.size), "mask": self.mask(mask_rng)}
         return sample if cached is None else {**sample, "teacher": cached.features}
 
@@ -161,11 +164,12 @@ class ClipTransform:
     tokenize: Callable[[list[str]], Tensor]
     """N texts -> (N, context), such as open_clip's tokenizer."""
     scale: tuple[float, float] = (0.9, 1.0)
+    hflip: float = 0.0
     classes: Sequence[str] | None = None
     prompts: Sequence[str] = ("a photo of a {}.",)
 
     def __call__(self, image: Image.Image, target: Any, rng: np.random.Generator) -> Sample:
-        crop = Crop.draw(image, rng, self.scale)._replace(flip=False)
+        crop = Crop.draw(image, rng, self.scale, hflip=self.hflip)
         text = self.tokenize([self._caption(target, rng)])[0]
         return {"image": crop.apply(image, self.size), "text": text}
 

@@ -149,7 +149,7 @@ def build(recipe: ClipRecipe, world: World, *, with_data: bool = True) -> tuple[
     size = model.config.vision.image_hw
     loader = TrainLoader(
         source,
-        ClipTransform(size, tokenize, data.crop_scale, source.classes, (clip.prompt,)),
+        ClipTransform(size, tokenize, data.crop_scale, data.hflip, source.classes, (clip.prompt,)),
         data.batch_size,
         seed=recipe.run.seed,
         rank=world.rank,

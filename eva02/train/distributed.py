@@ -66,6 +66,35 @@ class World:
         return values[0]
 
 
+class AnyOf:
+    """Whether any process said so: the same answer for all, one call later.
+
+    The CPUs exchange what was said while the next step goes on: a call waits for no device, and hardly ever for another
+    process.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._group: Any = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._said = torch.zeros((), dtype=torch.int32)
+        self._pending: dist.Work | None = None
+
+    def __call__(self, said: bool) -> bool:
+        """Say so or not; returns whether any process did at the call before. A process alone has its answer at once."""
+        if self._group is None:
+            return said
+        answer = self.wait()
+        self._said = torch.tensor(said, dtype=torch.int32)
+        self._pending = dist.all_reduce(self._said, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return answer
+
+    def wait(self) -> bool:
+        """The answer to the last call."""
+        if self._pending is not None:
+            self._pending.wait()
+            self._pending = None
+        return bool(self._said)
+
+
 def choose_device(name: str) -> torch.device:
     """ "auto" is this process's GPU where there is one."""
     if name == "auto":

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from eva02.checkpoint import save_checkpoint
 from eva02.files import atomic_file
 from eva02.recipes import Recipe
-from eva02.train.distributed import Parallel, World, load_sharded, save_sharded
+from eva02.train.distributed import AnyOf, Parallel, World, load_sharded, save_sharded
 from eva02.train.optim import ParameterGroups, make_optimizer, make_schedule, parameter_groups, steps_of
 from eva02.train.progress import Clock, Reporter, measured_peak, mfu
 from eva02.train.state import CheckpointStore, rng_state, seed_everything, set_rng_state
@@ -149,7 +149,7 @@ class Trainer:
         self.losses: list[float] = []
         self._unread: list[tuple[dict[str, Any], Tensor]] = []
         self._positions: list[dict[str, Any]] = []
-        self._stop = False
+        self._anyone_told_to_stop = AnyOf(world)
         self._peak: tuple[float, str] | None = None
         seed_everything(run.seed + world.rank)
         self.store = None if output is None else CheckpointStore(output / "checkpoints", run.keep, world)
@@ -235,7 +235,8 @@ class Trainer:
             try:
                 batches = iter(self.loader)
                 self.clock.restart()
-                while self.step < self.total and not self._stop:
+                stop = False
+                while self.step < self.total and not stop:
                     self._positions.append(self.loader.state_dict())
                     with self.clock.section("data"):
                         batch = next(batches)
@@ -244,8 +245,9 @@ class Trainer:
                     self._unread.append(({"step": self.step, "lr": rate}, values))
                     done = self.step == self.total
                     save = self.store is not None and (done or self.step % run.checkpoint_every == 0)
-                    evaluate = done or (eval_steps > 0 and self.step % eval_steps == 0)
-                    if save or evaluate or len(self._unread) == run.log_every or self._alone_told_to_stop:
+                    stop = self._anyone_told_to_stop(self._signalled)
+                    evaluate = done or (eval_steps > 0 and self.step % eval_steps == 0 and not stop)
+                    if save or evaluate or len(self._unread) == run.log_every:
                         self._read()
                     if evaluate:
                         evaluation = self._evaluate() or evaluation
@@ -253,6 +255,7 @@ class Trainer:
                         saved = self._save(must=done)
                     if save or evaluate:
                         self.clock.restart()
+                self._anyone_told_to_stop.wait()
                 if self._unread:
                     self._read()
                 if self.store is not None and saved != self.step:
@@ -265,13 +268,9 @@ class Trainer:
                 if self.reporter is not None:
                     self.reporter.close()
 
-    @property
-    def _alone_told_to_stop(self) -> bool:
-        return self._signalled and self.world.size == 1
-
     @contextlib.contextmanager
     def _told_to_stop(self) -> Iterator[None]:
-        """SIGTERM ends the run after the step; several processes agree on which at their next look at the losses."""
+        """SIGTERM ends the run after the step, with several processes after the next, and before an evaluation."""
         self._signalled = False
 
         def note(*_: Any) -> None:
@@ -292,9 +291,7 @@ class Trainer:
         lines = [line for line, _ in self._unread]
         values = torch.stack([value for _, value in self._unread])
         values[:, 1] /= self.world.size  # each process has the norm of all
-        told = torch.full((1, 2), float(self._signalled), device=values.device)
-        table = self.world.sum_(torch.cat([values, told])).tolist()
-        self._stop = table.pop()[0] > 0
+        table = self.world.sum_(values).tolist()
         positions, self._unread, self._positions = self._positions, [], []
         for line, (loss, norm), position in zip(lines, table, positions, strict=True):
             # Under a loss scale a gradient may overflow: its step was left out, and the scale is lower.

@@ -108,12 +108,12 @@ def build(recipe: PretrainRecipe, world: World, *, with_data: bool = True) -> tu
     data, mim = recipe.data, recipe.mim
     source = open_source(data.source)
     if mim.teacher_cache:
-        source = _cached(source, mim.teacher_cache, config)
+        source = _cached(source, recipe)
     mask = BlockMask.for_grid(config.grid)
     mask = BlockMask(config.grid, mim.num_masked or mask.num_masked, mim.min_block or mask.min_block)
     loader = TrainLoader(
         source,
-        MimTransform(config.image_hw, mask, data.crop_scale),
+        MimTransform(config.image_hw, mask, data.crop_scale, data.hflip),
         data.batch_size,
         seed=recipe.run.seed,
         rank=world.rank,
@@ -143,15 +143,22 @@ def _teacher_flops(teacher: nn.Module, tokens: int) -> int:
     return 2 * tokens * sum(weight.numel() for weight in matrices)
 
 
-def _cached(source: Source, folder: str, config: ModelConfig) -> Source:
+def _cached(source: Source, recipe: PretrainRecipe) -> Source:
+    """The source with the recipe's cached features. ValueError: they are not of what the recipe says."""
     from eva02.teacher_cache import TeacherCache
 
+    folder, config, data = str(recipe.mim.teacher_cache), recipe.model.config(), recipe.data
     cache = TeacherCache(folder, source)
     stored = (cache.spec.channels, tuple(cache.spec.img_size), cache.spec.patches)
     wanted = (config.mim_dim, config.image_hw, config.grid[0] * config.grid[1])
     if stored != wanted:
         raise ValueError(
             f"{folder} has features of (width, image size, patches) {stored}, the student predicts {wanted}"
+        )
+    drawn, asked = (cache.spec.scale, cache.spec.hflip), (data.crop_scale, data.hflip)
+    if drawn != asked:
+        raise ValueError(
+            f"{folder} has crops of (scale, probability of a flip) {drawn}; data.crop_scale and data.hflip are {asked}"
         )
     return cache
 
