@@ -24,7 +24,7 @@ COLOURS = {
 }
 OTHER_COLOURS = ("#5a9367", "#a05195", "#d45087", "#665191")
 SHORT = {"tiny": "Ti", "small": "S", "base": "B", "large": "L", "host": "host"}
-WHAT = {"model": "forward", "train": "training step"}
+WHAT = {"model": "forward", "train": "training step", "pretrain": "pre-training step"}
 
 
 def _figure(rows: int, columns: int, width: float, height: float) -> Any:
@@ -189,12 +189,12 @@ def _save(fig: Any, out: Path) -> None:
 
 
 def plot(docs: Sequence[dict[str, Any]], out: Path) -> None:
-    """Draw one file of any suite, or several of the suites ``model`` and ``train`` together."""
+    """Draw one file of any suite, or several of the suites of whole models together."""
     suites = {doc["config"]["suite"] for doc in docs}
     if suites <= set(WHAT):
         plot_models(docs, out)
     elif len(docs) > 1:
-        raise ValueError(f"only files of the suites model and train share a picture; got {', '.join(sorted(suites))}")
+        raise ValueError(f"only files of the suites {', '.join(WHAT)} share a picture; got {', '.join(sorted(suites))}")
     elif suites == {"memory"}:
         plot_memory(docs[0], out)
     else:

@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import benchmarks.ops  # noqa: F401 - registers the operators' peers
 from benchmarks.base import run_base
 from benchmarks.plots import plot
-from benchmarks.suites import RUNNERS
+from benchmarks.pretrain import run_pretrain
+from benchmarks.suites import Rows, run_memory, run_models
 from eva02_kernels.bench import cli, report
+from eva02_kernels.bench.ops import run_ops
 from eva02_kernels.bench.providers import provider_names
 
+RUNNERS: dict[str, Callable[..., Rows]] = {
+    "ops": run_ops,
+    "model": run_models,
+    "train": run_models,
+    "pretrain": run_pretrain,
+    "memory": run_memory,
+}
 DEFAULT_MODELS = {
     "ops": ("tiny", "small", "base", "large", "host"),
     "model": ("tiny", "small", "base", "large", "host"),
     "train": ("tiny", "small", "base", "large", "host"),
+    "pretrain": ("tiny", "small"),
     "memory": ("tiny", "small", "base", "large"),
 }
 
@@ -25,6 +36,8 @@ Suites:
   ops     each operator against timm's expression of it (with SDPA), compiled and not, and against installed peers
   model   forward of EVA-02 at 224 pixels: batch 8 (tiny, small), 4 (base), 2 (large)
   train   forward, backward and AdamW step of the same models
+  pretrain  steps of masked image modelling by the training loop, at batch 8 of the published recipes: JPEG files and a
+          teacher's cached features are read by the same process, and the table shows the share of the time that takes
   memory  bytes kept for backward by block, model and operator: exact, the same on every machine with such a device
 
 Examples:

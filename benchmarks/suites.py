@@ -1,4 +1,4 @@
-"""The suites `model`, `train` and `memory`."""
+"""The suites `model`, `train` and `memory`, and how an arm is prepared."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from eva02_kernels._registry import OP_NAMES
 from eva02_kernels.bench.cases import Problem, make_problem
 from eva02_kernels.bench.machine import Roofline, environment
 from eva02_kernels.bench.measure import first_call, in_units, saved_for_backward, synchroniser
-from eva02_kernels.bench.ops import run_ops
 from eva02_kernels.bench.providers import AGAIN, Provider, Unsupported, build, provider, providers
 from eva02_kernels.bench.rows import GATE_FAILED, OK, RAISED, UNSUPPORTED, Arm, Config, compare, empty_row, measure_rows
 from eva02_kernels.bench.shapes import shape_named
@@ -89,27 +88,37 @@ def _call(case: ModelCase, arm: ModelArm, train: bool, optimisers: _Optimisers) 
     return step
 
 
-def _prepare(p: Provider, case: ModelCase, train: bool, optimisers: _Optimisers, expected: Any) -> Arm:
+def prepare(
+    p: Provider,
+    case: Any,
+    device: str,
+    start: Callable[[Arm, Any], Callable[[], dict[str, Tensor]]],
+    expected: tuple[dict[str, Tensor], dict[str, Tensor]],
+    *,
+    terms: int = 1,
+) -> Arm:
+    """Build an arm, time its first call, and let it pass the gate.
+
+    Args:
+        start: gives an arm its call, from what was built; returns what computes the results to be compared.
+        expected: results of the baseline, and in float64.
+        terms: see `compare`.
+    """
     arm = Arm(p)
     reset_stats()
     try:
-        built = build(p, case)
-        built.module.train(train)
-        arm.call = _call(case, built, train, optimisers)
-        arm.first_call_s = round(first_call(arm.call, synchroniser(case.device)), 4)
+        results = start(arm, build(p, case))
+        assert arm.call is not None
+        arm.first_call_s = round(first_call(arm.call, synchroniser(device)), 4)
         if p.ours:
             arm.notes["backends"] = sorted({f"{op} {direction}: {name}" for op, direction, name in stats()})
-        terms = case.shape.batch * case.shape.tokens if train else 1
-        arm.gate = compare(_results(case, built, train=train), expected[1], expected[0], terms=terms)
+        arm.gate = compare(results(), *expected, terms=terms)
     except Unsupported as reason:
         return arm.refuse(UNSUPPORTED, str(reason))
     except Exception as error:  # an arm that raises is a row with its reason; the others still run
         return arm.refuse(RAISED, f"{type(error).__name__}: {str(error).strip()[:600]}")
     if not arm.gate["passed"]:
         return arm.refuse(GATE_FAILED, "; ".join(arm.gate["failures"]))
-    if train:
-        exclude = [*built.module.parameters(), *built.module.buffers()]
-        arm.saved = functools.partial(saved_for_backward, lambda: built.forward(case.inputs), exclude)
     return arm
 
 
@@ -123,13 +132,23 @@ def run_case(
     progress(f"{case.name} {mode}: reference")
     case.timm.train(train)
     plain = _results(case, ModelArm(case.timm, case.forward_of(case.timm)), train=train)
-    expected = (_reference(case, train=train), plain)
+    expected = (plain, _reference(case, train=train))
     optimisers = _Optimisers()
+
+    def start(arm: Arm, built: ModelArm) -> Callable[[], dict[str, Tensor]]:
+        built.module.train(train)
+        arm.call = _call(case, built, train, optimisers)
+        if train:
+            exclude = [*built.module.parameters(), *built.module.buffers()]
+            arm.saved = functools.partial(saved_for_backward, lambda: built.forward(case.inputs), exclude)
+        return lambda: _results(case, built, train=train)
+
     arms = []
     with strict():
         for p in providers(config.suite, names=list(config.providers)):
             progress(f"{case.name} {mode}: {p.name}")
-            arms.append(_prepare(p, case, train, optimisers, expected))
+            terms = shape.batch * shape.tokens if train else 1
+            arms.append(prepare(p, case, case.device, start, expected, terms=terms))
         del expected, plain
         optimisers.start()
         progress(f"{case.name} {mode}: {config.rounds} rounds")
@@ -251,11 +270,3 @@ def run_memory(config: Config, roofline: Roofline | None = None, progress: Progr
 def _common(config: Config, case: str, shape: Any) -> dict[str, Any]:
     return {"suite": "memory", "case": case, "model": shape.name, "mode": "saved", "dtype": config.dtype,
             "shape": shape.describe()}  # fmt: skip
-
-
-RUNNERS: dict[str, Callable[..., Rows]] = {
-    "ops": run_ops,
-    "model": run_models,
-    "train": run_models,
-    "memory": run_memory,
-}

@@ -146,27 +146,6 @@ def compare(
     assert_parity(actual, [(p, renamed(run(reference, x, call))) for p, x in zip(plain, inputs, strict=True)], multiple)
 
 
-class TimmMim(nn.Module):
-    """Official pre-training forward, on timm's modules."""
-
-    def __init__(self, encoder: nn.Module, mim_dim: int) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.mask_token = nn.Parameter(torch.empty(1, 1, encoder.embed_dim))
-        self.lm_head = nn.Linear(encoder.embed_dim, mim_dim)
-        self.rope = encoder.rope
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        encoder = self.encoder
-        x = encoder.patch_embed(x)
-        w = mask.unsqueeze(-1).to(x.dtype)
-        x = x * (1 - w) + self.mask_token * w
-        x, rope = encoder._pos_embed(x)
-        for block in encoder.blocks:
-            x = block(x, rope=rope)
-        return self.lm_head(encoder.norm(x)[:, 1:][mask])
-
-
 def images(batch: int, height: int, width: int, seed: int = 1) -> Tensor:
     return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
 

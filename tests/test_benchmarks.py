@@ -20,7 +20,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import benchmarks.ops  # noqa: F401 - registers the peers
-from benchmarks import base, demo, plots, run
+from benchmarks import base, demo, plots, pretrain, run
 from benchmarks.models import BlockCase, ModelCase
 from benchmarks.suites import run_case, run_memory
 from eva02_kernels import _native
@@ -658,6 +658,52 @@ def test_contract_checks_run_on_the_device(monkeypatch: pytest.MonkeyPatch) -> N
     finally:
         ops.contract_failure.cache_clear()
     assert set(seen) == {"cuda"}
+
+
+# ---- pre-training ----------------------------------------------------------------------------------------------------
+@needs_library
+@pytest.mark.parametrize(
+    "more", [(), pytest.param(("timm+compile",), marks=pytest.mark.full)], ids=["eager", "compiled"]
+)
+def test_pretraining_steps_are_those_of_the_loop(
+    more: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All arms make the published step on the same batches; one whose loss differs gets no time."""
+    pytest.importorskip("sklearn")
+    shape = Shape("tiny", 2, 32, 2, 84, 2, subln=False, image=56)
+    small = {"model__img_size": 56, "model__embed_dim": 32, "model__num_heads": 2, "model__depth": 2,
+             "model__mim_dim": 16}  # fmt: skip
+    config = Config("pretrain", ("tiny",), ("ours", "scaled", *more), **TINY)
+    case = pretrain.PretrainCase(shape, config, tmp_path, **small)
+    first = {name: case.trainer(task).train_step(case.batch) for name, task in (
+        ("ours", lambda task: task), ("timm", lambda task: case.timm_task()))}  # fmt: skip
+    torch.testing.assert_close(first["ours"], first["timm"])
+    assert not case.batch["teacher"].isnan().any()
+
+    @providers.provider("scaled", suites=("pretrain",))
+    def scaled(case: pretrain.PretrainCase):  # type: ignore[no-untyped-def]
+        trainer = case.trainer()
+        loss = trainer.task.loss
+        trainer.task.loss = lambda *args: 1.01 * loss(*args)
+        return trainer
+
+    try:
+        rows = pretrain.run_case(case, config)
+    finally:
+        providers.unregister(scaled)
+    assert only(rows, "scaled")["status"] == GATE_FAILED
+    for name in ("timm", "timm/again", "ours", *more):
+        row = only(rows, name)
+        assert row["status"] == OK, row["reason"]
+        assert row["images_per_s"] > 0
+        shares = row["notes"]["shares"]
+        assert sum(shares.values()) == pytest.approx(1.0, abs=1e-3)
+        assert shares["data"] > 0 and shares["student"] > 0 and shares["teacher"] == 0
+    assert any("masked_cosine_loss" in backend for backend in only(rows, "ours")["notes"]["backends"])
+    report.print_rows(rows)
+    assert "data / teacher / student" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="suite pretrain has the models tiny"):
+        pretrain.PretrainCase(SHAPES["host"], config, tmp_path / "host")
 
 
 # ---- demo ------------------------------------------------------------------------------------------------------------

@@ -10,10 +10,11 @@ import pickle
 import pytest
 import timm
 import torch
-from parity import TimmMim, compare, count, double_reference, images, randomise, run, shapes
+from parity import compare, count, double_reference, images, randomise, run, shapes
 from torch import nn
 
 import eva02
+from benchmarks.pretrain import TimmMim
 
 TIMM_NAMES = [
     "eva02_tiny_patch14_224",

@@ -6,18 +6,10 @@ import pytest
 import timm
 import torch
 import train_runs
-from parity import TimmMim
 from torch import Tensor, nn
 
+from benchmarks.pretrain import timm_student
 from eva02.train.loop import Trainer
-
-
-class TimmStudent(TimmMim):
-    def forward(self, x: Tensor, mask: Tensor, idx: Tensor) -> Tensor:
-        return super().forward(x, mask)
-
-    def no_weight_decay(self) -> set[str]:
-        return {"encoder.pos_embed", "encoder.cls_token"}
 
 
 def eager(trainer: Trainer, state: dict[str, Tensor]) -> nn.Module:
@@ -29,13 +21,7 @@ def eager(trainer: Trainer, state: dict[str, Tensor]) -> nn.Module:
         model = timm.create_model(recipe.model.name, num_classes=config.num_classes, **sizes)
         model.load_state_dict(state)
         return model
-    encoder = timm.create_model(
-        recipe.model.name, num_classes=0, use_fc_norm=False, use_post_transformer_norm=True, **sizes
-    )
-    model = TimmStudent(encoder, config.mim_dim)
-    outer = ("mask_token", "lm_head.")
-    model.load_state_dict({key if key.startswith(outer) else f"encoder.{key}": value for key, value in state.items()})
-    return model
+    return timm_student(recipe.model.name, config, state)
 
 
 def curve(recipe, batches, *, plain: bool, noise: float = 0.0) -> Tensor:

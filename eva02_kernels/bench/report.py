@@ -84,7 +84,7 @@ def megabytes(count: int | None) -> str:
 
 TIME_HEADER = (
     "arm", "ms (p20-p80)", "host ms", "img/s", "x baseline (p20-p80)", "x compiled", "GFLOP/s", "GB/s", "roofline",
-    "first s", "peak MiB", "saved MiB", "note",
+    "data / teacher / student", "first s", "peak MiB", "saved MiB", "note",
 )  # fmt: skip
 
 
@@ -108,6 +108,7 @@ def time_line(row: Row) -> list[str]:
         number(row["gflops"]),
         number(row["gbps"]),
         f"{100 * share:.0f} % {row['roofline_bound']}" if share else "",
+        " / ".join(f"{100 * part:.0f} %" for part in row["notes"].get("shares", {}).values()),
         number(row["first_call_s"]),
         megabytes(row["peak_memory_bytes"]),
         megabytes(row["saved_bytes"]),
