@@ -25,6 +25,16 @@ def test_products_by_torch_with_kernels_around_them_are_accurate(op, sample, mon
             contract.check_accuracy(op, sample, dtype, "cuda")
 
 
+def test_no_bit_of_float32_operands_is_lost():
+    """Times one, a float32 comes back as it was: all three parts that it is split into are multiplied."""
+    x = torch.randn(24, 40, generator=torch.Generator().manual_seed(0))
+    with executing("simulator"):
+        right = eva02_kernels.linear(x, torch.eye(40), backend="cuda")
+        left = eva02_kernels.linear(torch.eye(40), x, backend="cuda")
+    assert torch.equal(right, x)
+    assert torch.equal(left, x.t())
+
+
 def _gradients(op, args, kwargs, backend):
     leaves = [a.detach().requires_grad_() for a in args]
     out = getattr(eva02_kernels, op)(*leaves, **kwargs, backend=backend)
