@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import eva02.clip
-from eva02 import evaluate, features
+from eva02 import evaluate, features, retrieve
 from eva02.checkpoint import command as convert
 from eva02.options import model_options, overrides
 from eva02.train import clip, finetune, pretrain
 
-_COMMANDS = (convert, features, pretrain, finetune, clip, evaluate)
+_COMMANDS = (convert, features, pretrain, finetune, clip, evaluate, retrieve)
 """Modules that have a command of their own: `add_command(commands)` adds its parser, whose default `run` is called."""
 
 

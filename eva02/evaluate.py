@@ -37,14 +37,13 @@ import torch
 from torch import Tensor, nn
 
 from eva02.files import atomic_file
-from eva02.options import LAYOUTS, loading, loading_options, model_options, overrides
+from eva02.options import DTYPES, LAYOUTS, evaluation_options, loading, loading_options, model_options, overrides
 from eva02.runs import is_clip, is_run, load_model, run_recipe
 from eva02.train.distributed import World, started
 
 Labels = tuple[int, ...]
 _ALONE = World()
 _PROMPT = "a photo of a {}."
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclasses.dataclass
@@ -341,7 +340,7 @@ def evaluate(
     # In torch.distributed's processes `compute` takes the mean over all of them.
     top1, top5 = (MeanMetric().set_dtype(torch.float64).to(parameter.device) for _ in range(2))
     watch = _Stopwatch(parameter.device)
-    options = {"rank": world.rank, "world_size": world.size, "num_workers": num_workers}
+    options: dict[str, Any] = {"rank": world.rank, "world_size": world.size, "num_workers": num_workers}
     loader = eval_loader(Selection(task.source, counted), transform, batch_size, **options)
     begin = time.perf_counter()
     competing = 0
@@ -385,17 +384,8 @@ def add_command(commands: Any) -> None:
     )
     data_help = "such as imagenet-a=/data/imagenet-a (default protocol: folder)"
     parser.add_argument("data", nargs="+", metavar="[PROTOCOL=]PATH", help=data_help)
-    parser.add_argument("--model", required=True, help="model name, see 'eva02 info', or the folder of a training run")
-    parser.add_argument("--checkpoint", help="weights: official, timm or mmpretrain (default: the run's)")
-    parser.add_argument("--crop", choices=("center", "squash"), default="center", help="default %(default)s")
-    parser.add_argument("--crop-pct", type=float, default=1.0, help="size over resized size (default %(default)s)")
     parser.add_argument("--split", default="val", help="of protocol folder (default %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=64, help="images per forward pass (default %(default)s)")
-    parser.add_argument("--num-workers", type=int, default=0, help="loader processes (default %(default)s)")
-    parser.add_argument("--device", default="auto", help="torch device (default: this process's GPU, else cpu)")
-    parser.add_argument("--dtype", choices=tuple(_DTYPES), default="float32", help="of the model (default %(default)s)")
-    parser.add_argument("--csv", metavar="FILE", help="write the table")
-    parser.add_argument("--json", metavar="FILE", help="write the table and what it was measured with")
+    evaluation_options(parser)
     parser.add_argument(
         "--prompt",
         nargs="+",
@@ -429,7 +419,7 @@ def _evaluate_all(args: argparse.Namespace, world: World) -> None:
             protocol, location = "folder", item
         tasks.append((protocol, location, open_task(protocol, location, args)))
     model, report = load_model(args.model, args.checkpoint, **overrides(args), **loading(args))
-    model.eval().to(world.device, _DTYPES[args.dtype])
+    model.eval().to(world.device, DTYPES[args.dtype])
     if world.is_main:
         print(report, _HEADER, sep="\n")
     tower = model.visual if args.zero_shot else model
@@ -441,14 +431,8 @@ def _evaluate_all(args: argparse.Namespace, world: World) -> None:
         results.append(evaluate(classifier, task, transform, protocol=protocol, location=location, **options))
         if world.is_main:
             print(_line(results[-1]))
-    if not world.is_main:
-        return
-    if args.csv:
-        with atomic_file(args.csv) as file:
-            file.write(_as_csv(results).encode())
-    if args.json:
-        with atomic_file(args.json) as file:
-            file.write(json.dumps(_report(args, world, results), indent=1).encode())
+    if world.is_main:
+        write_results(args, world, [dataclasses.asdict(result) for result in results])
 
 
 def _prompts(args: argparse.Namespace) -> Sequence[str]:
@@ -470,24 +454,33 @@ def _line(result: Result) -> str:
     return f"{line}  {result.location}"
 
 
-def _as_csv(results: Sequence[Result]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in dataclasses.fields(Result)])
-    writer.writeheader()
-    writer.writerows(dataclasses.asdict(result) for result in results)
-    return text.getvalue()
+def write_results(args: argparse.Namespace, world: World, rows: Sequence[dict[str, Any]], **settings: Any) -> None:
+    """The files that `evaluation_options` ask for: rows as CSV, and as JSON with what they were measured with."""
+    if args.csv:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+        with atomic_file(args.csv) as file:
+            file.write(text.getvalue().encode())
+    if args.json:
+        with atomic_file(args.json) as file:
+            file.write(json.dumps(_report(args, world, rows, settings), indent=1).encode())
 
 
-def _report(args: argparse.Namespace, world: World, results: Sequence[Result]) -> dict[str, Any]:
+def _report(
+    args: argparse.Namespace, world: World, rows: Sequence[dict[str, Any]], settings: dict[str, Any]
+) -> dict[str, Any]:
     keys = ("model", "checkpoint", "crop", "crop_pct", "batch_size", "num_workers", "dtype")
     on_gpu = world.device.type == "cuda"
     return {
         **{key: getattr(args, key) for key in keys},
         **overrides(args),
         **loading(args),
+        **settings,
         "device": torch.cuda.get_device_name(world.device) if on_gpu else platform.processor() or "cpu",
         "processes": world.size,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "results": [dataclasses.asdict(result) for result in results],
+        "results": list(rows),
     }

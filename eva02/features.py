@@ -10,11 +10,9 @@ from typing import Any
 import torch
 
 from eva02.images import find_images, load_image
-from eva02.options import LAYOUTS, loading, loading_options, model_options, overrides
+from eva02.options import DTYPES, LAYOUTS, loading, loading_options, model_options, overrides
 from eva02.runs import is_clip, load_model
 from eva02.train.distributed import choose_device
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def add_command(commands: Any) -> None:
@@ -49,7 +47,7 @@ def add_command(commands: Any) -> None:
     cache.add_argument("--seed", type=int, default=0, help="of the crops: the training run's (default %(default)s)")
     cache.add_argument("--store", choices=("bf16", "fp8"), default="bf16", help="stored type (default %(default)s)")
     cache.add_argument("--shard-size", type=int, default=1024, help="images per file (default %(default)s)")
-    cache.add_argument("--dtype", choices=tuple(_DTYPES), default="float32", help="the teacher's (default %(default)s)")
+    cache.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="the teacher's (default %(default)s)")
     cache.add_argument("--num-workers", type=int, default=0, help="loader processes (default %(default)s)")
     cache.add_argument(
         "--max-bad-images", type=int, default=100, help="unreadable images allowed (default %(default)s)"
@@ -105,7 +103,7 @@ def _write_cache(args: argparse.Namespace) -> None:
         raise ValueError("--patch-size is the teacher's own, it cannot be changed")
     source = open_source(args.images[0], args.split)
     teacher = create_teacher(
-        args.model, args.checkpoint, img_size=args.img_size, device=args.device, dtype=_DTYPES[args.dtype]
+        args.model, args.checkpoint, img_size=args.img_size, device=args.device, dtype=DTYPES[args.dtype]
     )
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     writer = CacheWriter(

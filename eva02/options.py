@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+import torch
+
 LAYOUTS = "The layout of a checkpoint is recognised; files are read with weights_only=True."
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def size(text: str) -> int | tuple[int, int]:
@@ -26,6 +29,20 @@ def model_options(parser: argparse.ArgumentParser, classes: bool = True) -> None
     if classes:
         parser.add_argument("--num-classes", type=int, help="classes, 0 for none (default: the name's)")
         parser.add_argument("--mim", action="store_true", help="the pre-training model: mask token and lm_head")
+
+
+def evaluation_options(parser: argparse.ArgumentParser) -> None:
+    """Options of what evaluates a model on data sets; `eva02.evaluate.write_results` writes the files."""
+    parser.add_argument("--model", required=True, help="model name, see 'eva02 info', or the folder of a training run")
+    parser.add_argument("--checkpoint", help="weights: official, timm or mmpretrain (default: the run's)")
+    parser.add_argument("--crop", choices=("center", "squash"), default="center", help="default %(default)s")
+    parser.add_argument("--crop-pct", type=float, default=1.0, help="size over resized size (default %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=64, help="images per forward pass (default %(default)s)")
+    parser.add_argument("--num-workers", type=int, default=0, help="loader processes (default %(default)s)")
+    parser.add_argument("--device", default="auto", help="torch device (default: this process's GPU, else cpu)")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="of the model (default %(default)s)")
+    parser.add_argument("--csv", metavar="FILE", help="write the table")
+    parser.add_argument("--json", metavar="FILE", help="write the table and what it was measured with")
 
 
 def loading_options(parser: argparse.ArgumentParser) -> None:

@@ -217,16 +217,18 @@ def eval_loader(
     rank: int = 0,
     world_size: int = 1,
     num_workers: int = 0,
+    collate: Callable[[Sequence[Sample]], Sample] | None = None,
 ) -> DataLoader[Any]:
     """Every sample once and in order, in batches of `batch_size` of this process; the last may be smaller.
 
     Rank r takes samples r, r + world_size, ...; the parts differ by one sample at most, and none is repeated. An image
-    that cannot be read is an error that names it.
+    that cannot be read is an error that names it. `collate` makes a batch of samples instead of PyTorch's.
     """
     return DataLoader(
         _InOrder(source, transform, range(rank, len(source), world_size)),
         batch_size,
         num_workers=num_workers,
+        collate_fn=collate,
         generator=torch.Generator(),
     )
 
@@ -242,9 +244,7 @@ class _InOrder(Dataset[Sample]):
         index = self.indices[position]
         try:
             image, target = self.source[index]
+            sample = self.transform(image, target, np.random.default_rng((0, 0, index)))
         except Exception as error:
             raise ValueError(f"{self.source.name(index)}: {type(error).__name__}: {error}") from error
-        return {
-            **self.transform(image, target, np.random.default_rng((0, 0, index))),
-            "index": torch.tensor(index),
-        }
+        return {**sample, "index": torch.tensor(index)}

@@ -1,5 +1,5 @@
-"""Where samples lie: folders, tar shards, Hugging Face datasets, arrays. All are map-style, so that any order can be
-drawn and a run resumed at any sample, and picklable, for loader workers."""
+"""Where samples lie: folders, tar shards, Hugging Face datasets, captioned images, arrays. All are map-style, so that
+any order can be drawn and a run resumed at any sample, and picklable, for loader workers."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from PIL import Image
 
+from eva02.data.captions import open_captions
 from eva02.files import atomic_file
 from eva02.images import find_images
 
@@ -369,7 +370,8 @@ def open_source(location: str, split: str = "train") -> Source:
     Args:
         location: "digits" (scikit-learn's), "folder:/path" (a folder for each class), "wds:/path/{000..009}.tar" or
             "wds:/path" (webdataset's tar shards), "hf:/path" (a Hugging Face data set on disk); without a prefix the
-            kind is recognised.
+            kind is recognised. "captions:" stands before what `eva02.data.captions.open_captions` takes: an annotation
+            of COCO or Flickr30k, or a folder with texts beside its images.
         split: "train", "val", or another name. Taken where the location is divided into splits (folders `train` and
             `val`, names of shards, a DatasetDict); a location that is not divided is the split itself.
 
@@ -379,6 +381,8 @@ def open_source(location: str, split: str = "train") -> Source:
     if location == "digits":
         return _digits(split)
     kind, separator, place = location.partition(":")
+    if separator and kind == "captions":
+        return open_captions(place, split)
     if not separator or kind not in ("folder", "wds", "hf"):
         kind, place = _kind(location), location
     if kind == "wds":

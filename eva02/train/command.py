@@ -147,7 +147,7 @@ def validation_batches(
     data = recipe.data
     batch_size = max(1, data.batch_size // world.size // data.accumulate)
     transform = EvalTransform(size, crop)
-    options = {"rank": world.rank, "world_size": world.size, "num_workers": data.workers}
+    options: dict[str, Any] = {"rank": world.rank, "world_size": world.size, "num_workers": data.workers}
     wanted = -(-len(source) // (world.size * batch_size))
     batch: dict[str, Tensor] = {}
     for batch in eval_loader(source, transform, batch_size, **options):
