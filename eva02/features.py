@@ -27,7 +27,7 @@ def add_command(commands: Any) -> None:
     )
     model_help = "see 'eva02 info', or the folder of a training run; for a cache also timm:NAME, open_clip:NAME"
     parser.add_argument("--model", required=True, help=model_help)
-    parser.add_argument("--checkpoint", help="weights: official, timm or mmpretrain (default: the run's)")
+    parser.add_argument("--checkpoint", help="weights, of any layout that 'eva02 convert' knows (default: the run's)")
     parser.add_argument("--out", required=True, metavar="OUT", help="FILE.npz with 'features' and 'paths', or a folder")
     parser.add_argument("--batch-size", type=int, default=16, help="images per forward pass (default %(default)s)")
     parser.add_argument("--device", default="auto", help="torch device (default: this process's GPU, else cpu)")
@@ -37,7 +37,9 @@ def add_command(commands: Any) -> None:
     loading_options(pooled)
     cache = parser.add_argument_group("teacher cache (--out FOLDER)")
     cache.add_argument("--split", default="train", help="of the data set (default %(default)s)")
-    cache.add_argument("--crops", type=int, default=1, help="views of each image; epoch e trains on view e %% crops")
+    cache.add_argument(
+        "--crops", type=int, default=1, metavar="N", help="views of each image; epoch e trains on view e %% crops (1)"
+    )
     cache.add_argument(
         "--scale", type=float, default=0.2, help="smallest share of an image in a crop (default %(default)s)"
     )

@@ -34,7 +34,7 @@ def model_options(parser: argparse.ArgumentParser, classes: bool = True) -> None
 def evaluation_options(parser: argparse.ArgumentParser) -> None:
     """Options of what evaluates a model on data sets; `eva02.evaluate.write_results` writes the files."""
     parser.add_argument("--model", required=True, help="model name, see 'eva02 info', or the folder of a training run")
-    parser.add_argument("--checkpoint", help="weights: official, timm or mmpretrain (default: the run's)")
+    parser.add_argument("--checkpoint", help="weights, of any layout that 'eva02 convert' knows (default: the run's)")
     parser.add_argument("--crop", choices=("center", "squash"), default="center", help="default %(default)s")
     parser.add_argument("--crop-pct", type=float, default=1.0, help="size over resized size (default %(default)s)")
     parser.add_argument("--batch-size", type=int, default=64, help="images per forward pass (default %(default)s)")

@@ -21,6 +21,8 @@ SHORT = (
         "model.num_heads=2",
         "--set",
         "run.eval_every=0",
+        "--set",
+        "data.auto_augment=none",
     ),
 )
 

@@ -18,13 +18,13 @@ from eva02.config import ModelConfig
 from eva02.files import atomic_file
 from eva02.recipes import Recipe, get_preset, list_presets
 from eva02.train.distributed import World, choose_device, started
-from eva02.train.loop import INTERRUPTED, Task, Trainer
+from eva02.train.loop import INTERRUPTED, Outcome, Task, Trainer
 from eva02.train.optim import steps_of
 from eva02.train.progress import forward_flops
 
 Build = Callable[..., tuple[Task, Any]]
 _FLAGS = {
-    "data": ("data.source", "folder:PATH, wds:PATTERN, hf:PATH or digits"),
+    "data": ("data.source", "folder:PATH, wds:PATTERN, hf:PATH, captions:PATH or digits"),
     "val": ("data.val", "held-out data of the same kinds, evaluated after each epoch"),
     "output": ("run.output", "folder of checkpoints, logs and the trained model"),
     "epochs": ("schedule.epochs", "length of the run"),
@@ -115,7 +115,20 @@ def run(
 
 
 def train(recipe: Recipe, build: Build) -> int:
-    """Run a recipe, in this process or in torchrun's; returns the exit status."""
+    """Run a recipe; returns the exit status."""
+    outcome = train_recipe(recipe, build)
+    if outcome.finished:
+        return 0
+    print(f"stopped after step {outcome.step}, saved; the same command continues", file=sys.stderr)
+    return INTERRUPTED
+
+
+def train_recipe(recipe: Recipe, build: Build) -> Outcome:
+    """Run a recipe, in this process or in torchrun's, or continue the run that its `run.output` holds.
+
+    Args:
+        build: of the recipe's task: `eva02.train.pretrain.build`, `finetune.build` or `clip.build`.
+    """
     output = Path(recipe.run.output)
     with started(recipe.run.device) as world:
         if world.is_main:
@@ -128,11 +141,7 @@ def train(recipe: Recipe, build: Build) -> int:
                 file.write(json.dumps(recipe.to_dict(), indent=1).encode())
             if trainer.step:
                 print(f"continuing from step {trainer.step} of {trainer.total}", file=sys.stderr)
-        outcome = trainer.run()
-    if outcome.finished:
-        return 0
-    print(f"stopped after step {outcome.step}, saved; the same command continues", file=sys.stderr)
-    return INTERRUPTED
+        return trainer.run()
 
 
 def validation_batches(
@@ -202,9 +211,11 @@ def describe(recipe: Recipe, model: nn.Module, measured: float | None = None, si
         f"{recipe.optimizer.lr:g} -> {recipe.schedule.min_lr:g}",
         f"memory     estimate for each process: {state / 2**30:.2f} GiB of weights, gradients, optimiser"
         f"{', average' if recipe.run.ema_decay is not None else ''}; {kept / 2**30:.2f} GiB kept by the blocks for "
-        "backward; the teacher and temporaries come on top",
+        f"backward; {'the teacher and ' if recipe.task == 'pretrain' else ''}temporaries come on top",
     ]
-    if measured is not None:
+    if measured is None:
+        lines.append("time       --measure N times steps on N random images here and now")
+    else:
         seconds = total * recipe.data.batch_size / measured / size
         lines.append(
             f"time       {measured:.4g} images/s measured here in one process: {seconds / 3600:.2f} hours for "

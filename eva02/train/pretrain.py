@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
@@ -122,7 +123,9 @@ def build(recipe: PretrainRecipe, world: World, *, with_data: bool = True) -> tu
         max_bad_images=data.max_bad_images,
     )
     validation = None
-    if data.val is not None and teacher is not None:
+    if data.val is not None and teacher is None and world.is_main:
+        print(f"{data.val} is not evaluated: the cached features are those of the training data", file=sys.stderr)
+    elif data.val is not None and teacher is not None:
         held_out = open_source(data.val, "val")
         fixed = every_other(config.grid)
 
