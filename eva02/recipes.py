@@ -83,6 +83,8 @@ class Schedule:
     """Linear warm-up from 0, then a cosine, by optimiser step."""
 
     epochs: float = 100
+    epoch_samples: int | None = None
+    """Samples that make an epoch, here and in `run.eval_every`; None: all of the data."""
     warmup_epochs: float = 1
     min_lr: float = 0.0
     steps: int | None = None
@@ -214,6 +216,7 @@ class Recipe:
             "run.log_every": run.log_every,
             "run.checkpoint_every": run.checkpoint_every,
             "run.keep": run.keep,
+            "schedule.epoch_samples": 1 if self.schedule.epoch_samples is None else self.schedule.epoch_samples,
         }
         problems = [f"{name} must be positive, got {value}" for name, value in positive.items() if value < 1]
         if optimizer.lr < 0 or optimizer.weight_decay < 0:
@@ -455,10 +458,11 @@ def _clip(
     (vision_lr, vision_decay), (text_lr, text_decay) = vision, text
     return ClipRecipe(
         model=Model(model),
-        data=Data(name=data, samples=40_000_000, batch_size=batch, crop_scale=(0.9, 1.0), hflip=0.0),
+        data=Data(name=data, samples=2_000_000_000, batch_size=batch, crop_scale=(0.9, 1.0), hflip=0.0),
         # The rate is logit_scale's alone; the towers have their own.
         optimizer=Optimizer(name="lamb", lr=5e-4, betas=(0.9, 0.999), eps=1e-8, clip_grad=5.0),
-        schedule=Schedule(epochs=epochs, warmup_steps=2000),
+        # Their epoch is 40 million samples, of data that is much larger.
+        schedule=Schedule(epochs=epochs, epoch_samples=40_000_000, warmup_steps=2000),
         run=Run(
             grad_checkpointing=True,
             parallel="fsdp",

@@ -9,7 +9,7 @@ import pytest
 
 from eva02.recipes import FinetuneRecipe, Model, Recipe, get_preset, list_presets
 from eva02.train import clip, command
-from eva02.train.optim import steps_of
+from eva02.train.optim import epoch_steps, steps_of
 
 
 @pytest.mark.parametrize("name", list_presets())
@@ -80,17 +80,17 @@ def test_published_finetuning(name, pixels, epochs, warmup, batch, lr, layer_dec
 
 
 @pytest.mark.parametrize(
-    ("name", "batch", "vision", "text", "dropout"),
+    ("name", "batch", "samples", "vision", "text", "dropout"),
     [
-        ("eva01_clip_g14_plus", 114688, (4e-4, 0.85), (4e-5, 0.75), 0.5),
-        ("eva02_clip_b16", 131072, (2e-4, 0.75), (2e-5, 0.75), 0.0),
-        ("eva02_clip_l14", 131072, (4e-4, 0.85), (4e-5, 0.75), 0.0),
-        ("eva02_clip_l14_336", 61440, (4e-4, 0.75), (4e-5, 0.65), 0.0),
-        ("eva02_clip_e14", 115200, (4e-4, 0.9), (4e-5, 0.75), 0.5),
-        ("eva02_clip_e14_plus", 144000, (4e-4, 0.9), (4e-5, 0.75), 0.5),
+        ("eva01_clip_g14_plus", 114688, 4e9, (4e-4, 0.85), (4e-5, 0.75), 0.5),
+        ("eva02_clip_b16", 131072, 8e9, (2e-4, 0.75), (2e-5, 0.75), 0.0),
+        ("eva02_clip_l14", 131072, 4e9, (4e-4, 0.85), (4e-5, 0.75), 0.0),
+        ("eva02_clip_l14_336", 61440, 2e9, (4e-4, 0.75), (4e-5, 0.65), 0.0),
+        ("eva02_clip_e14", 115200, 4e9, (4e-4, 0.9), (4e-5, 0.75), 0.5),
+        ("eva02_clip_e14_plus", 144000, 4e9, (4e-4, 0.9), (4e-5, 0.75), 0.5),
     ],
 )
-def test_published_contrastive_training(name, batch, vision, text, dropout):
+def test_published_contrastive_training(name, batch, samples, vision, text, dropout):
     recipe = get_preset(name)
     clip = recipe.clip
     assert (clip.vision_lr, clip.vision_layer_decay) == vision
@@ -98,6 +98,10 @@ def test_published_contrastive_training(name, batch, vision, text, dropout):
     assert (recipe.data.batch_size, clip.patch_dropout) == (batch, dropout)
     assert (recipe.optimizer.name, recipe.optimizer.lr, recipe.optimizer.clip_grad) == ("lamb", 5e-4, 5.0)
     assert recipe.schedule.warmup_steps == 2000
+    for size in (recipe.data.samples, 10**7):  # epochs are of 40 million samples, whatever the data
+        total, warmup = steps_of(recipe.schedule, epoch_steps(recipe, size // batch))
+        assert total * batch == pytest.approx(samples, rel=0.005)
+        assert warmup == 2000
 
 
 @pytest.mark.parametrize("name", list_presets())

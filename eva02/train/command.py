@@ -19,7 +19,7 @@ from eva02.files import atomic_file
 from eva02.recipes import Recipe, get_preset, list_presets
 from eva02.train.distributed import World, choose_device, started
 from eva02.train.loop import INTERRUPTED, Outcome, Task, Trainer
-from eva02.train.optim import steps_of
+from eva02.train.optim import epoch_steps, steps_of
 from eva02.train.progress import forward_flops
 
 Build = Callable[..., tuple[Task, Any]]
@@ -195,6 +195,7 @@ def describe(recipe: Recipe, model: nn.Module, measured: float | None = None, si
     per_epoch = samples // recipe.data.batch_size
     if not per_epoch:
         raise ValueError(f"data.batch_size {recipe.data.batch_size} is larger than the data set of {samples} samples")
+    per_epoch = epoch_steps(recipe, per_epoch)
     total, warmup = steps_of(recipe.schedule, per_epoch)
     part = -(-recipe.data.batch_size // size // recipe.data.accumulate)
     per_parameter = 16 + (4 if recipe.run.ema_decay is not None else 0)

@@ -23,7 +23,7 @@ from eva02.checkpoint import save_checkpoint
 from eva02.files import atomic_file
 from eva02.recipes import Recipe
 from eva02.train.distributed import AnyOf, Parallel, World, load_sharded, save_sharded
-from eva02.train.optim import ParameterGroups, make_optimizer, make_schedule, parameter_groups, steps_of
+from eva02.train.optim import ParameterGroups, epoch_steps, make_optimizer, make_schedule, parameter_groups, steps_of
 from eva02.train.progress import Clock, Reporter, measured_peak, mfu
 from eva02.train.state import CheckpointStore, rng_state, seed_everything, set_rng_state
 
@@ -121,7 +121,8 @@ class Trainer:
         if recipe.data.accumulate > 1 and not task.accumulates:
             raise ValueError("data.accumulate must be 1: a part's contrastive loss is not a part of the batch's")
         self.part = local // recipe.data.accumulate
-        self.total, _ = steps_of(recipe.schedule, loader.steps_per_epoch)
+        self.epoch = epoch_steps(recipe, loader.steps_per_epoch)
+        self.total, _ = steps_of(recipe.schedule, self.epoch)
         if run.grad_checkpointing:
             task.model.set_grad_checkpointing()  # type: ignore[operator]
         if run.recompute:
@@ -139,7 +140,7 @@ class Trainer:
             Parallel(self.ema.module, world, run.parallel)
         task.model.train()
         self.optimizer = make_optimizer(task.parameter_groups(recipe), recipe.optimizer)
-        self.schedule = make_schedule(self.optimizer, recipe.schedule, loader.steps_per_epoch)
+        self.schedule = make_schedule(self.optimizer, recipe.schedule, self.epoch)
         self.scaler = torch.amp.GradScaler(
             world.device.type, init_scale=2.0**16, growth_interval=500, enabled=run.precision == "float16"
         )
@@ -219,8 +220,7 @@ class Trainer:
             NonFiniteLoss: the step's batch is saved beside the checkpoints.
         """
         run = self.recipe.run
-        per_epoch = self.loader.steps_per_epoch
-        eval_steps = round(run.eval_every * per_epoch)
+        eval_steps = round(run.eval_every * self.epoch)
         evaluation: dict[str, float] = {}
         self.reporter = Reporter(self.output, self.total, self.step, run.tensorboard) if self.world.is_main else None
         if run.profile_peak:
@@ -310,7 +310,7 @@ class Trainer:
         images = steps * self.recipe.data.batch_size
         flops = self.task.flops()
         return {
-            "epoch": round(self.step / self.loader.steps_per_epoch, 3),
+            "epoch": round(self.step / self.epoch, 3),
             "images_per_s": round(images / seconds, 2),
             "seconds_per_step": round(seconds / steps, 5),
             "mfu": mfu(None if flops is None else flops * images / self.world.size, seconds, self._peak),

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from eva02.recipes import Optimizer as OptimizerRecipe
-from eva02.recipes import Schedule
+from eva02.recipes import Recipe, Schedule
 
 ParameterGroups = list[dict[str, Any]]
 
@@ -47,6 +47,12 @@ def make_optimizer(groups: ParameterGroups, recipe: OptimizerRecipe) -> torch.op
     from timm.optim import Lamb
 
     return Lamb(groups, **options, weight_decay=0.0, max_grad_norm=None, always_adapt=True)
+
+
+def epoch_steps(recipe: Recipe, steps_per_epoch: int) -> int:
+    """Steps of an epoch of the recipe's schedule, where one through the data has `steps_per_epoch`."""
+    samples = recipe.schedule.epoch_samples
+    return steps_per_epoch if samples is None else max(1, samples // recipe.data.batch_size)
 
 
 def steps_of(schedule: Schedule, steps_per_epoch: int) -> tuple[int, int]:
