@@ -332,8 +332,10 @@ void Warp::allocate(const Op& op, int lane) {
   if (r.valid.empty()) r.valid.assign(r.size, 1);
   std::fill_n(r.valid.begin() + static_cast<std::ptrdiff_t>(offset), bytes, 0);
   Shadow& s = cta->worker.shadow(r);
+  if (!s.followed) return set_result(*this, op, lane, r.base + offset);
+  s.divide(offset, bytes);
   for (auto* history : {&s.writer, &s.reader})
-    if (!history->empty()) std::fill_n(history->begin() + static_cast<std::ptrdiff_t>(offset), bytes, 0);
+    std::fill_n(history->begin() + static_cast<std::ptrdiff_t>(offset), bytes, 0);
   set_result(*this, op, lane, r.base + offset);
 }
 

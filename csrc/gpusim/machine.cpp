@@ -541,14 +541,26 @@ Shadow& Worker::shadow(const Region& r) {
   Shadow& s = shadows[static_cast<size_t>(&r - launch.regions.data())];
   if (!s.touched.empty()) return s;
   s.touched.assign(r.size, 0);
-  if (launch.options.races && !r.constant) {
-    s.writer.assign(r.size, 0);
-    s.reader.assign(r.size, 0);
-    s.writer_op.assign(r.size, 0);
-    s.reader_op.assign(r.size, 0);
-    if (launch.options.threads > 1) s.value.assign(r.size, 0);
-  }
+  s.followed = launch.options.races && !r.constant;
+  s.keeps_values = launch.options.threads > 1;
+  if (s.followed) s.reads.resize(r.size / 16);
   return s;
+}
+
+void Shadow::divide(u64 offset, u64 bytes) {
+  if (writer.empty()) {
+    const size_t size = touched.size();
+    writer.resize(size), reader.resize(size);
+    writer_op.resize(size), reader_op.resize(size);
+    if (keeps_values) value.resize(size);
+  }
+  for (u64 unit = offset / 16; unit < std::min<u64>((offset + bytes + 15) / 16, reads.size()); ++unit) {
+    Read& whole = reads[unit];
+    if (whole.reader == 0) continue;
+    std::fill_n(&reader[16 * unit], 16, whole.reader);
+    std::fill_n(&reader_op[16 * unit], 16, whole.op);
+    whole = {};
+  }
 }
 
 // Every step-th CTA from `first` on.
@@ -667,6 +679,8 @@ void Launch::run() {
 void Launch::merge(std::vector<std::unique_ptr<Worker>>& workers, const std::vector<u32>& order) {
   std::vector<std::pair<u32, Fault>> found;
   for (const auto& w : workers) {
+    for (Shadow& s : w->shadows)
+      if (s.followed && workers.size() > 1) s.divide(0, s.touched.size());
     for (size_t i = 0; i < counters.size(); ++i) counters[i] += w->counters[i];
     instructions += w->instructions;
     output += w->output;

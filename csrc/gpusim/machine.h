@@ -187,7 +187,7 @@ struct Program {
   Program(const std::string& text, const std::string& entry, u64 perturbation = 0);
   Program(const Program&) = delete;
   const Instruction* instruction(u32 op) const;  // nullptr for what has none
-  std::string where(u32 op) const;               // "file.py:12 (called from file.py:40)"
+  std::string where(u32 op) const;               // "file.py:12, called from file.py:40"
   bool uses(const std::string& variable) const;
   int code_of(const std::string& function);  // index into codes, of a function that the module has; -1
 };
@@ -224,10 +224,19 @@ struct Heap {
 
 // Who touched each byte of a region last, as far as the CTAs of one host thread are concerned.
 struct Shadow {
+  struct Read {
+    u64 reader = 0;  // 1 + CTA, stamp; 0: each byte has its own
+    u32 op = 0;
+  };
   std::vector<u8> touched;          // 1 loaded, 2 stored; empty: no byte was touched
-  std::vector<u64> writer, reader;  // 1 + CTA, stamp; empty: not followed
+  bool followed = false;            // whether all that follows is kept
+  std::vector<Read> reads;          // of 16 bytes that were only loaded, and all at once
+  std::vector<u64> writer, reader;  // of a byte; empty: none has its own
   std::vector<u32> writer_op, reader_op;
+  bool keeps_values = false;
   std::vector<u8> value;  // that was written, where several host threads are at work
+
+  void divide(u64 offset, u64 bytes);  // from now on each of these bytes has its own
 };
 constexpr u64 kSeveralCtas = ~0ull;
 constexpr u8 kReadFirst = 4;  // in `touched`: by a CTA before any wrote it
@@ -519,6 +528,9 @@ struct Cta {
   // Checks and writes: data with the validity of each byte, or nothing yet (nullptr). Lanes of one instruction come
   // from the highest to the lowest, and the highest wins where they meet.
   void write_shared(Warp& w, const Op& op, int lane, u32 offset, const u8* data, const u8* valid, u32 bytes);
+  // The same for lanes that are all inside: 1, 2, 4, 8 or 16 aligned bytes of each; data that are wholly valid.
+  void read_shared(Warp& w, const Op& op, u32 mask, const u64* offsets, u32 bytes);
+  void write_shared(Warp& w, const Op& op, u32 mask, const u64* offsets, const u8 (*data)[16], u32 bytes, bool highest);
   void update_shared(Warp& w, const Op& op, int lane, u32 offset, u32 bytes);  // by an atomic operation
   void start_copy(Warp& w, const Op& op, int lane, u32 offset, u32 bytes);
   void end_copy(Warp& w, const PendingCopy& copy);
@@ -533,7 +545,18 @@ struct Cta {
   template <u32 kBytes>
   History* parts_of(u32 offset);
   template <u32 kBytes>
+  History* split(History& whole, u32 offset);  // if it is not; its parts
+  template <u32 kBytes>
   bool is_settled(const History& h, u32 offset);
+  template <u32 kBytes>
+  History* histories_of(u32 offset);
+  bool note_read(const Warp& w, const Op& op, int lane, History& h);
+  template <u32 kBytes>
+  History* note_write(const Warp& w, const Op& op, int lane, u32 offset);
+  template <u32 kBytes>
+  void read_lanes(Warp& w, const Op& op, u32 mask, const u64* offsets);
+  template <u32 kBytes>
+  void write_lanes(Warp& w, const Op& op, u32 mask, const u64* offsets, const u8 (*data)[16], bool highest);
   // What writes and updates ask of a history; false after a fault. `writers_agree`: an unordered earlier write is no
   // error.
   bool change(Warp& w, const Op& op, int lane, History& h, u32 first, bool writers_agree, const char* verb);

@@ -128,6 +128,18 @@ bool checked_shared(Warp& w, const Op& op, int lane, u64 offset, u32 bytes, u32 
   return true;
 }
 
+// Whether aligned accesses of 1 to 16 bytes, a power of two, are inside shared memory in all lanes.
+bool all_in_shared(const Cta& cta, const Addresses& a, u32 mask, u32 bytes) {
+  if (bytes > 16 || !std::has_single_bit(bytes)) return false;
+  u64 any = 0, highest = 0;
+  for (int l = 0; l < kLanes; ++l) {
+    const u64 at = mask >> l & 1 ? a.lane[l] : 0;
+    any |= at;
+    highest = std::max(highest, at);
+  }
+  return any % bytes == 0 && highest + bytes <= cta.shared.size();
+}
+
 void count_sectors(OpCounters& c, const Addresses& a, u32 mask, u32 bytes) {
   u64 seen[2 * kLanes];
   int n = 0;
@@ -152,11 +164,19 @@ void count_wavefronts(OpCounters& c, const u64* offsets, u32 mask, u32 bytes) {
     const u32 phase = lanes == 32 ? mask : mask >> first & ((1u << lanes) - 1);
     if (phase == 0) continue;
     c.ideal_wavefronts += 1;
-    if (bytes == 4 || bytes == 8 || bytes == 16) {  // as a rule every lane has banks of its own
+    if (bytes <= 16 && std::has_single_bit(bytes)) {  // as a rule no bank has two words to serve
+      const int shift = std::max(2, std::countr_zero(bytes));
+      u64 served[kLanes];
       u32 taken = 0;
-      for (int l = 0; l < lanes; ++l)
-        if (phase >> l & 1) taken |= 1u << (offsets[first + l] / bytes % (128 / bytes));
-      if (std::popcount(taken) == std::popcount(phase)) {
+      bool alone = true;
+      for (u32 left = phase; left; left &= left - 1) {
+        const u64 at = offsets[first + std::countr_zero(left)] >> shift;
+        const u32 banks = static_cast<u32>(at) & ((128u >> shift) - 1);
+        alone = alone && (!(taken >> banks & 1) || served[banks] == at);
+        taken |= 1u << banks;
+        served[banks] = at;
+      }
+      if (alone) {
         c.wavefronts += 1;
         continue;
       }
@@ -189,14 +209,26 @@ void count_access(OpCounters& c, Space space, const Addresses& a, u32 mask, u32 
     count_sectors(c, a, mask, bytes);
 }
 
+template <class T>
+T read_as(const u8* bytes) {
+  T v;
+  memcpy(&v, bytes, sizeof(T));
+  return v;
+}
+
 // Elements of an access in the registers of one lane.
 inline void put_element(Warp& w, const Op& op, int reg, int lane, const u8* bytes) {
   if (op.width == 4 && !op.wide) {
     memcpy(&w.reg<u32>(op, reg)[lane], bytes, 4);
     return;
   }
-  u64 v = 0;
-  memcpy(&v, bytes, op.width);
+  u64 v;
+  switch (op.width) {
+    case 1: v = bytes[0]; break;
+    case 2: v = read_as<u16>(bytes); break;
+    case 4: v = read_as<u32>(bytes); break;
+    default: v = read_as<u64>(bytes);
+  }
   if (op.sign && op.width < 8) {
     const int shift = 64 - 8 * op.width;
     v = static_cast<u64>(static_cast<i64>(v << shift) >> shift);
@@ -254,12 +286,42 @@ u8 valid_bytes(const std::vector<u8>& shadow, u64 offset, u32 bytes) {
   return bits;
 }
 
+bool all_valid(const u8* shadow, const Addresses& a, u32 mask, u32 bytes) {
+  const u64 ones = 0x0101010101010101 >> (64 - 8 * std::min(bytes, 8u));
+  u64 both = ones;
+  for (u32 left = mask; left; left &= left - 1) {
+    const u8* at = shadow + a.lane[std::countr_zero(left)];
+    switch (bytes) {
+      case 1: both &= *at; break;
+      case 2: both &= read_as<u16>(at); break;
+      case 4: both &= read_as<u32>(at); break;
+      case 8: both &= read_as<u64>(at); break;
+      default: both &= read_as<u64>(at) & read_as<u64>(at + 8);
+    }
+  }
+  return both == ones;
+}
+
 void load_from(Warp& w, const Op& op, u32 mask, Space space, const Addresses& a) {
   const bool shared = space == Space::kShared;
   const u32 bytes = op.width * op.vector;
   Cta& cta = *w.cta;
   OpCounters& c = (*w.counters)[op.index];
   bool all = true;
+  // As a rule all lanes are inside and all they read is valid.
+  const bool noted = shared && !op.strong && op.used_bytes == ~0ull && all_in_shared(cta, a, mask, bytes);
+  if (noted) {
+    cta.read_shared(w, op, mask, a.lane, bytes);
+    if (all_valid(cta.shared_valid.data(), a, mask, bytes)) {
+      for (u32 left = mask; left; left &= left - 1) {
+        const int l = std::countr_zero(left);
+        for (int i = 0; i < op.vector; ++i) put_element(w, op, i, l, cta.shared.data() + a.lane[l] + i * op.width);
+      }
+      count_access(c, space, a, mask, bytes);
+      for (int i = 0; i < op.vector; ++i) w.set_valid(op.regs[i], mask);
+      return;
+    }
+  }
   u8 valid[8][kLanes];
   static const std::vector<u8> no_shadow;
   for (int l = 0; l < kLanes; ++l) {
@@ -284,13 +346,13 @@ void load_from(Warp& w, const Op& op, u32 mask, Space space, const Addresses& a)
     bool racy = false;
     if (shared) {
       offset = a.lane[l];
-      if (!checked_shared(w, op, l, offset, bytes, bytes, "load")) {
+      if (!noted && !checked_shared(w, op, l, offset, bytes, bytes, "load")) {
         mask &= ~(1u << l);
         continue;
       }
       data = cta.shared.data() + offset;
       shadow = &cta.shared_valid;
-      in_runs([&](u32 k, u32 n) { cta.read_shared(w, op, l, static_cast<u32>(offset) + k, n); });
+      if (!noted) in_runs([&](u32 k, u32 n) { cta.read_shared(w, op, l, static_cast<u32>(offset) + k, n); });
     } else if (space != Space::kGlobal) {
       offset = a.lane[l];
       data = own_bytes(w, op, l, space, offset, bytes, "load");
@@ -368,16 +430,27 @@ void store_to(Warp& w, const Op& op, u32 mask, Space space, const Addresses& a) 
   // Where lanes meet, the highest wins (the lowest, where numerics are perturbed): in shared memory it comes first and
   // keeps the others out, elsewhere it comes last.
   const bool highest = !(cta.program.perturbation >> (op.index & 31) & 1);
+  const auto gather = [&](int l, u8* data) {  // whole registers, each over what is too much of the one before
+    for (int i = 0; i < op.vector; ++i) {
+      if (op.wide)
+        memcpy(data + i * op.width, &w.reg<u64>(op, 1 + i)[l], 8);
+      else
+        memcpy(data + i * op.width, &w.reg<u32>(op, 1 + i)[l], 4);
+    }
+  };
+  bool partial = false;
+  for (int i = 0; i < op.vector; ++i) partial = partial || w.partial[op.regs[1 + i].id];
+  if (shared && !op.strong && !partial && all_in_shared(cta, a, mask, bytes)) {
+    u8 data[kLanes + 1][16];
+    for (u32 left = mask; left; left &= left - 1) gather(std::countr_zero(left), data[std::countr_zero(left)]);
+    cta.write_shared(w, op, mask, a.lane, data, bytes, highest);
+    return count_access(c, space, a, mask, bytes);
+  }
   for (int k = 0; k < kLanes; ++k) {
     const int l = shared == highest ? kLanes - 1 - k : k;
     if (!(mask >> l & 1)) continue;
-    u8 data[64], valid[64];
-    for (int i = 0; i < op.vector; ++i) {
-      if (op.wide)
-        memcpy(data + i * op.width, &w.reg<u64>(op, 1 + i)[l], op.width);
-      else
-        memcpy(data + i * op.width, &w.reg<u32>(op, 1 + i)[l], op.width);
-    }
+    u8 data[72], valid[64];
+    gather(l, data);
     if (space != Space::kGlobal) {
       const u64 offset = a.lane[l];
       u8* own = shared ? nullptr : own_bytes(w, op, l, space, offset, bytes, "store");
@@ -637,9 +710,13 @@ void load_matrix(Warp& w, const Op& op, u32) {
   if (own_addresses(w, op, used, a) != used) return;
   Cta& cta = *w.cta;
   OpCounters& c = (*w.counters)[op.index];
-  for (int l = 0; l < 8 * count; ++l) {
-    if (!checked_shared(w, op, l, a.lane[l], 16, 16, "ldmatrix")) return;
-    cta.read_shared(w, op, l, static_cast<u32>(a.lane[l]), 16);
+  if (all_in_shared(cta, a, used, 16)) {
+    cta.read_shared(w, op, used, a.lane, 16);
+  } else {
+    for (int l = 0; l < 8 * count; ++l) {
+      if (!checked_shared(w, op, l, a.lane[l], 16, 16, "ldmatrix")) return;
+      cta.read_shared(w, op, l, static_cast<u32>(a.lane[l]), 16);
+    }
   }
   for (int m = 0; m < count; ++m) {
     c.ideal_wavefronts += 1;

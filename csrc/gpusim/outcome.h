@@ -3,6 +3,9 @@
 #pragma once
 
 #include <algorithm>
+#include <map>
+#include <string_view>
+#include <tuple>
 
 #include "gpusim/machine.h"
 
@@ -28,17 +31,30 @@ void describe(const Program& p, const Fault& f, Put put) {
 }
 
 // put(line, opcode, text, where, warps, lanes, space, stores?, bytes, sectors, wavefronts, ideal wavefronts,
-// collisions) for each operation that was executed.
+// collisions) for the operations that were executed: sums over those of one source line with equal opcode, space and
+// direction, and the line, text and place of the first of them.
 template <class Put>
 void describe_counters(const Launch& run, Put put) {
+  struct Sum {
+    u32 first;
+    OpCounters counters;
+  };
+  std::map<std::tuple<int, int, std::string_view, std::string_view, bool>, Sum> sums;  // by file and line
   for (const Op& op : run.program.ops) {
     const OpCounters& c = run.counters[op.index];
     if (c.warps == 0 || op.source < 0) continue;
     const Instruction& in = *run.program.instruction(op.index);
     const bool stores = in.opcode == "st" || in.opcode == "red" || (in.opcode == "wmma" && in.has("store"));
-    const std::string space = c.bytes == 0 ? "" : c.ideal_wavefronts ? "shared" : "global";
-    put(in.line, in.opcode, in.text, run.program.where(op.index), c.warps, c.lanes, space, stores, c.bytes, c.sectors,
-        c.wavefronts, c.ideal_wavefronts, c.collisions);
+    const char* space = c.bytes == 0 ? "" : c.ideal_wavefronts ? "shared" : "global";
+    const Location at = in.location < 0 ? Location{} : run.program.module.locations[static_cast<size_t>(in.location)];
+    sums.try_emplace({at.file, at.line, in.opcode, space, stores}, Sum{op.index, {}}).first->second.counters += c;
+  }
+  for (const auto& [key, sum] : sums) {
+    const auto& [file, line, opcode, space, stores] = key;
+    const auto& [first, c] = sum;
+    const Instruction& in = *run.program.instruction(first);
+    put(in.line, in.opcode, in.text, run.program.where(first), c.warps, c.lanes, std::string(space), stores, c.bytes,
+        c.sectors, c.wavefronts, c.ideal_wavefronts, c.collisions);
   }
 }
 

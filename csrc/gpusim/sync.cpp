@@ -12,19 +12,18 @@
 namespace gpusim {
 
 void Warp::wait_copies(u32 mask, u32 keep) {
-  std::vector<PendingCopy> left;
+  size_t left = 0;
   for (const PendingCopy& copy : copies) {
     const u32 committed = copy_groups[copy.lane];
     const bool all = keep == ~0u;
     // Groups that are committed and older than the `keep` newest ones are complete.
     const bool done = mask >> copy.lane & 1 && (all || (copy.group < committed && committed - copy.group > keep));
-    if (!done) {
-      left.push_back(copy);
-      continue;
-    }
-    cta->end_copy(*this, copy);
+    if (done)
+      cta->end_copy(*this, copy);
+    else
+      copies[left++] = copy;
   }
-  copies = std::move(left);
+  copies.resize(left);
 }
 
 namespace {
@@ -33,7 +32,7 @@ u32 warp_of(u32 stamp) { return stamp >> 5 & 63; }
 u32 time_of(u32 stamp) { return stamp >> 12; }
 
 // Does what the stamp tells of happen before `w` now, in lane `lane`?
-bool before(const Warp& w, int lane, u32 stamp) {
+[[gnu::always_inline]] inline bool before(const Warp& w, int lane, u32 stamp) {
   const u32 other = warp_of(stamp);
   if (other != static_cast<u32>(w.index)) return time_of(stamp) < w.clock[other];
   const bool own_lane = !(stamp & kSeveral) && (stamp & 31) == static_cast<u32>(lane);
@@ -83,6 +82,16 @@ History* Cta::parts_of(u32 offset) {
   return &all[offset / kBytes * (kBytes / kPart)];
 }
 
+template <u32 kBytes>
+History* Cta::split(History& whole, u32 offset) {
+  History* parts = parts_of<kBytes>(offset);
+  if (!whole.split) {
+    std::fill_n(parts, kBytes / part_bytes(kBytes), whole);
+    whole.split = true;
+  }
+  return parts;
+}
+
 // Whether all that this history tells happens before whatever is to come: it may as well tell nothing.
 template <u32 kBytes>
 bool Cta::is_settled(const History& h, u32 offset) {
@@ -105,11 +114,7 @@ bool Cta::is_settled(const History& h, u32 offset) {
 template <u32 kBytes, class F>
 bool Cta::for_each_part(History& whole, u32 offset, u32 end, F f) {
   constexpr u32 kPart = part_bytes(kBytes), kParts = kBytes / kPart;
-  History* parts = parts_of<kBytes>(offset);
-  if (!whole.split) {
-    std::fill_n(parts, kParts, whole);
-    whole.split = true;
-  }
+  History* parts = split<kBytes>(whole, offset);
   const bool of_all = end - offset == kBytes;
   while (offset < end) {
     History& h = parts[offset / kPart % kParts];
@@ -145,32 +150,117 @@ void Cta::for_each_history(u32 offset, u32 count, F f) {
   }
 }
 
+// The histories of an access, two of 8 bytes; nullptr where they are split further.
+template <u32 kBytes>
+History* Cta::histories_of(u32 offset) {
+  History& unit = units[offset / 16];
+  if constexpr (kBytes == 16) return unit.split ? nullptr : &unit;
+  History* word = split<16>(unit, offset) + offset / 4 % 4;
+  if constexpr (kBytes == 8) return word[0].split || word[1].split ? nullptr : word;
+  if constexpr (kBytes == 4) return word->split ? nullptr : word;
+  History* half = split<4>(*word, offset) + offset / 2 % 2;
+  if constexpr (kBytes == 2) return half->split ? nullptr : half;
+  return split<2>(*half, offset) + offset % 2;
+}
+
+// What a read leaves in a history; false where it races with what is there.
+inline bool Cta::note_read(const Warp& w, const Op& op, int lane, History& h) {
+  if (h.in_flight) return false;
+  if (h.writer != 0 && !before(w, lane, h.writer) && !(op.strong && program.ops[h.writer_op].strong)) return false;
+  const u32 me = stamp_of(w.time(), static_cast<u32>(w.index), static_cast<u32>(lane)), old = h.reader;
+  if (old == me) return true;
+  if (old != 0 && warp_of(old) == static_cast<u32>(w.index)) {
+    h.reader = time_of(old) == w.time() ? old | kSeveral : me;
+    h.reader_op = op.index;
+  } else if (old == 0 || before(w, lane, old)) {
+    h.reader = me;
+    h.reader_op = op.index;
+  } else {
+    h.others = readers.add(h.others, static_cast<u32>(w.index), w.time());
+    h.plain |= !op.strong;
+  }
+  return true;
+}
+
 void Cta::read_shared(Warp& w, const Op& op, int lane, u32 offset, u32 count) {
   if (!launch.options.races) return;
-  const u32 me = stamp_of(w.time(), static_cast<u32>(w.index), static_cast<u32>(lane));
   for_each_history(offset, count, [&](History& h, u32 first, u32) {
-    if (h.in_flight) {
-      race(w, op, lane, first, "is read while an asynchronous copy to it is in flight", h.writer_op);
-      return false;
-    }
-    if (h.writer != 0 && !before(w, lane, h.writer) && !(op.strong && program.ops[h.writer_op].strong)) {
-      race(w, op, lane, first, "was written by " + who(h.writer) + " and is read with no barrier between", h.writer_op);
-      return false;
-    }
-    const u32 old = h.reader;
-    if (old == me) return true;
-    if (old != 0 && warp_of(old) == static_cast<u32>(w.index)) {
-      h.reader = time_of(old) == w.time() ? old | kSeveral : me;
-      h.reader_op = op.index;
-    } else if (old == 0 || before(w, lane, old)) {
-      h.reader = me;
-      h.reader_op = op.index;
-    } else {
-      h.others = readers.add(h.others, static_cast<u32>(w.index), w.time());
-      h.plain |= !op.strong;
-    }
-    return true;
+    if (note_read(w, op, lane, h)) return true;
+    race(w, op, lane, first,
+         h.in_flight ? "is read while an asynchronous copy to it is in flight"
+                     : "was written by " + who(h.writer) + " and is read with no barrier between",
+         h.writer_op);
+    return false;
   });
+}
+
+template <u32 kBytes>
+void Cta::read_lanes(Warp& w, const Op& op, u32 mask, const u64* offsets) {
+  if (!launch.options.races) return;
+  for (; mask; mask &= mask - 1) {
+    const int lane = std::countr_zero(mask);
+    const u32 offset = static_cast<u32>(offsets[lane]);
+    History* h = histories_of<kBytes>(offset);
+    if (h == nullptr || !note_read(w, op, lane, h[0]) || (kBytes == 8 && !note_read(w, op, lane, h[1])))
+      read_shared(w, op, lane, offset, kBytes);
+  }
+}
+
+// Marks what a lane writes and gives its histories; nullptr, with nothing done, where there is more to be said of it.
+template <u32 kBytes>
+History* Cta::note_write(const Warp& w, const Op& op, int lane, u32 offset) {
+  History* h = launch.options.races ? histories_of<kBytes>(offset) : nullptr;
+  if (h == nullptr) return nullptr;
+  constexpr u32 kCount = kBytes == 8 ? 2 : 1;
+  for (u32 i = 0; i < kCount; ++i)
+    if (h[i].serial == serial || h[i].in_flight || h[i].others || (h[i].writer && !before(w, lane, h[i].writer)) ||
+        (h[i].reader && !before(w, lane, h[i].reader)))
+      return nullptr;
+  for (u32 i = 0; i < kCount; ++i) {
+    h[i].reader = 0;
+    h[i].writer = stamp_of(w.time(), static_cast<u32>(w.index), static_cast<u32>(lane));
+    h[i].writer_op = op.index;
+    h[i].serial = serial;
+  }
+  return h;
+}
+
+template <u32 kBytes>
+void Cta::write_lanes(Warp& w, const Op& op, u32 mask, const u64* offsets, const u8 (*data)[16], bool highest) {
+  u8 valid[kBytes];
+  memset(valid, 1, kBytes);
+  while (mask) {
+    const int lane = highest ? 31 - std::countl_zero(mask) : std::countr_zero(mask);
+    mask &= ~(1u << lane);
+    const u32 offset = static_cast<u32>(offsets[lane]);
+    if (note_write<kBytes>(w, op, lane, offset) == nullptr) {
+      write_shared(w, op, lane, offset, data[lane], valid, kBytes);
+      continue;
+    }
+    memcpy(&shared[offset], data[lane], kBytes);
+    memcpy(&shared_valid[offset], valid, kBytes);
+  }
+}
+
+void Cta::read_shared(Warp& w, const Op& op, u32 mask, const u64* offsets, u32 count) {
+  switch (count) {
+    case 1: return read_lanes<1>(w, op, mask, offsets);
+    case 2: return read_lanes<2>(w, op, mask, offsets);
+    case 4: return read_lanes<4>(w, op, mask, offsets);
+    case 8: return read_lanes<8>(w, op, mask, offsets);
+    default: return read_lanes<16>(w, op, mask, offsets);
+  }
+}
+
+void Cta::write_shared(Warp& w, const Op& op, u32 mask, const u64* offsets, const u8 (*data)[16], u32 count,
+                       bool highest) {
+  switch (count) {
+    case 1: return write_lanes<1>(w, op, mask, offsets, data, highest);
+    case 2: return write_lanes<2>(w, op, mask, offsets, data, highest);
+    case 4: return write_lanes<4>(w, op, mask, offsets, data, highest);
+    case 8: return write_lanes<8>(w, op, mask, offsets, data, highest);
+    default: return write_lanes<16>(w, op, mask, offsets, data, highest);
+  }
 }
 
 bool Cta::change(Warp& w, const Op& op, int lane, History& h, u32 first, bool writers_agree, const char* verb) {
@@ -238,6 +328,10 @@ void Cta::update_shared(Warp& w, const Op& op, int lane, u32 offset, u32 count) 
 // Nobody may use these bytes from now until the wait, and a barrier for other threads.
 void Cta::start_copy(Warp& w, const Op& op, int lane, u32 offset, u32 count) {
   serial += 1;
+  if (History* h = count == 16 ? note_write<16>(w, op, lane, offset) : nullptr) {
+    h->in_flight = 1;
+    return;
+  }
   write_shared(w, op, lane, offset, nullptr, nullptr, count);
   for_each_history(offset, count, [](History& h, u32, u32) {
     h.in_flight += 1;
@@ -246,9 +340,16 @@ void Cta::start_copy(Warp& w, const Op& op, int lane, u32 offset, u32 count) {
 }
 
 void Cta::end_copy(Warp& w, const PendingCopy& copy) {
+  const u32 stamp = stamp_of(w.time(), static_cast<u32>(w.index), copy.lane);
+  if (History* h = copy.bytes == 16 ? histories_of<16>(copy.shared) : nullptr) {
+    memcpy(&shared[copy.shared], copy.data.data(), 16);
+    memcpy(&shared_valid[copy.shared], copy.valid.data(), 16);
+    h->in_flight -= 1;
+    h->writer = stamp, h->writer_op = copy.op;
+    return;
+  }
   memcpy(&shared[copy.shared], copy.data.data(), copy.bytes);
   memcpy(&shared_valid[copy.shared], copy.valid.data(), copy.bytes);
-  const u32 stamp = stamp_of(w.time(), static_cast<u32>(w.index), copy.lane);
   for_each_history(copy.shared, copy.bytes, [&](History& h, u32, u32) {
     h.in_flight -= 1;
     h.writer = stamp, h.writer_op = copy.op;
@@ -284,9 +385,29 @@ u64 stamp_in_grid(const Warp& w, int lane) {
 bool follow_read(Warp& w, const Op& op, int lane, Region& r, u64 offset, u32 bytes) {
   const Launch& launch = w.cta->launch;
   Shadow& s = w.cta->worker.shadow(r);
-  for (u64 b = offset; b < offset + bytes; ++b) s.touched[b] |= 1;
-  if (s.writer.empty()) return true;
+  const auto touch = [&](u8 bits) {
+    for (u64 b = offset; b < offset + bytes; ++b) s.touched[b] |= bits;
+  };
+  if (!s.followed) return touch(1), true;
   const u64 me = stamp_in_grid(w, lane);
+  const auto reader_after = [&](u64 old) -> u64 {
+    if (old == 0 || before_in_grid(w, lane, old)) return me;
+    if (old >> 32 != me >> 32) return kSeveralCtas;
+    if (warp_of(static_cast<u32>(old)) == static_cast<u32>(w.index)) return old | kSeveral;
+    return (me & ~0xffffffffull) | kSeveralWarps;
+  };
+  if (bytes == 16 && offset % 16 == 0) {
+    Shadow::Read& whole = s.reads[offset / 16];
+    u64 used[2];
+    memcpy(used, &s.touched[offset], 16);
+    if (whole.reader != 0 || (used[0] | used[1]) == 0) {
+      touch(1 | kReadFirst);
+      if (whole.reader != me && whole.reader != kSeveralCtas) whole = {reader_after(whole.reader), op.index};
+      return true;
+    }
+  }
+  touch(1);
+  s.divide(offset, bytes);
   for (u64 b = offset; b < offset + bytes; ++b) {
     const u64 wrote = s.writer[b];
     if (wrote == 0) s.touched[b] |= kReadFirst;
@@ -312,15 +433,7 @@ bool follow_read(Warp& w, const Op& op, int lane, Region& r, u64 offset, u32 byt
     }
     u64& old = s.reader[b];
     if (old == me || old == kSeveralCtas) continue;
-    if (old == 0 || before_in_grid(w, lane, old)) {
-      old = me;
-    } else if (old >> 32 != me >> 32) {
-      old = kSeveralCtas;
-    } else if (warp_of(static_cast<u32>(old)) == static_cast<u32>(w.index)) {
-      old |= kSeveral;
-    } else {
-      old = (me & ~0xffffffffull) | kSeveralWarps;
-    }
+    old = reader_after(old);
     s.reader_op[b] = op.index;
   }
   return true;
@@ -332,7 +445,8 @@ void follow_write(Warp& w, const Op& op, int lane, Region& r, u64 offset, const 
   for (u64 b = offset; b < offset + bytes; ++b) s.touched[b] |= 2;
   if (!r.valid.empty())
     for (u64 b = offset; b < offset + bytes; ++b) r.valid[b] = 1;
-  if (s.writer.empty()) return;
+  if (!s.followed) return;
+  s.divide(offset, bytes);
   const u64 me = stamp_in_grid(w, lane);
   for (u64 b = offset; b < offset + bytes; ++b) {
     const auto strong = [&](u32 other) { return op.strong && launch.program.ops[other].strong; };
