@@ -101,15 +101,17 @@ def build(recipe: PretrainRecipe, world: World, *, with_data: bool = True) -> tu
         raise ValueError(f"pre-training needs model.head='mim', got {config.head!r}")
     torch.manual_seed(recipe.run.seed)
     model = cast(Eva02Mim, eva02.create_model(recipe.model.name, **recipe.model.options, device=world.device))
-    teacher = None if recipe.mim.teacher_cache or not with_data else load_teacher(recipe, world)
     if not with_data:
-        return MimTask(model, teacher), None
+        return MimTask(model), None
     from eva02.data import BlockMask, MimTransform, TrainLoader, every_other, open_source
 
     data, mim = recipe.data, recipe.mim
-    source = open_source(data.source)
+    source = open_source(data.source)  # before the teacher, which may take minutes: a wrong path is told at once
+    teacher = None
     if mim.teacher_cache:
         source = _cached(source, recipe)
+    else:
+        teacher = load_teacher(recipe, world)
     mask = BlockMask.for_grid(config.grid)
     mask = BlockMask(config.grid, mim.num_masked or mask.num_masked, mim.min_block or mask.min_block)
     loader = TrainLoader(
