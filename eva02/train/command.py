@@ -48,7 +48,7 @@ def presets_text(task: str) -> str:
         f"Presets:\n{names}\n\nAny field of a recipe: --set optimizer.layer_decay=0.8 --set model.depth=6; --dry-run "
         "prints them all.\nSeveral processes: torchrun --nproc-per-node 8 -m eva02 "
         f"{task} ...\nThe same command continues a run that was interrupted. Exit status: 0 finished, {INTERRUPTED} "
-        "stopped by SIGTERM\nafter saving, 1 an error."
+        "stopped by SIGTERM\nafter saving (torchrun says 1), 1 an error."
     )
 
 
@@ -186,6 +186,10 @@ def activation_bytes(config: ModelConfig, recipe: Recipe, images: int) -> int:
     return rows * config.depth * width
 
 
+_BESIDE = {"pretrain": "the teacher and ", "finetune": "", "clip": "the text tower and "}
+"""What the estimate of memory leaves out."""
+
+
 def describe(recipe: Recipe, model: nn.Module, measured: float | None = None, size: int = 1) -> str:
     """Model, schedule, memory and steps as text; `measured` are images per second, `size` counts processes."""
     config: Any = model.config
@@ -211,8 +215,9 @@ def describe(recipe: Recipe, model: nn.Module, measured: float | None = None, si
         f"schedule   {total:,} steps, {warmup:,} of them warm-up, {total * recipe.data.batch_size:,} images; rate 0 -> "
         f"{recipe.optimizer.lr:g} -> {recipe.schedule.min_lr:g}",
         f"memory     estimate for each process: {state / 2**30:.2f} GiB of weights, gradients, optimiser"
-        f"{', average' if recipe.run.ema_decay is not None else ''}; {kept / 2**30:.2f} GiB kept by the blocks for "
-        f"backward; {'the teacher and ' if recipe.task == 'pretrain' else ''}temporaries come on top",
+        f"{', average' if recipe.run.ema_decay is not None else ''}; {kept / 2**30:.2f} GiB kept by the "
+        f"{'vision blocks' if recipe.task == 'clip' else 'blocks'} for backward; {_BESIDE[recipe.task]}temporaries "
+        "come on top",
     ]
     if measured is None:
         lines.append("time       --measure N times steps on N random images here and now")
