@@ -354,8 +354,8 @@ def _kind(location: str) -> str:
         return "wds"
     if not path.is_dir():
         raise FileNotFoundError(
-            f"no data at {location}; give 'digits', a folder, tar shards such as 'wds:/data/{{000..009}}.tar', or "
-            "'hf:/data' as datasets' save_to_disk writes it"
+            f"no data at {location}; give 'digits', a folder, tar shards such as 'wds:/data/{{000..009}}.tar', "
+            "'hf:/data' as datasets' save_to_disk writes it, or 'captions:/data/annotation.json:/data/images'"
         )
     if (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
         return "hf"
