@@ -282,7 +282,7 @@ CASES = (
     Case("rope_attention", "sequences", ("base",), _sequences, variant=True),
     Case("rope_attention", "dense", ("base",), lambda i: ((i.heads(), i.heads(), i.heads(), i.dense_rope()), {}),
          variant=True),
-    # As the models call it, behind qkv_rope.
+    # Without RoPE; with it they are rope_attention's, of other strides.
     Case("rope_attention_packed", "rotated", ("base", "giant", "enormous"), lambda i: ((i.heads(3),), {}),
          quick=("base", "giant")),
     Case("apply_rope", "axis", ("base", "giant", "enormous"), lambda i: ((i.heads(), i.rope()), {}), quick=("base",),

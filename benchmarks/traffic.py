@@ -19,14 +19,29 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import eva02_kernels
-from benchmarks.kernels import CASES, MODELS, Case, counting
+from benchmarks.kernels import CASES, MODELS, Arguments, Case, Inputs, counting
 from eva02_kernels._registry import get_spec
 from eva02_kernels.bench.machine import environment
 from eva02_kernels.bench.report import print_table, write_json
 from eva02_kernels.testing import executing
 
-# What a block with sub-LN consists of, in its order.
-BLOCK = (("qkv_rope", "block"), ("rope_attention_packed", "rotated"), ("linear", "residual"), ("swiglu_mlp", "block"))
+
+def _unrotated(i: Inputs) -> Arguments:
+    (*projection, _), kwargs = _case("qkv_rope", "block").make(i)
+    return tuple(projection), kwargs
+
+
+def _case(op: str, name: str) -> Case:
+    return next(c for c in CASES if (c.op, c.name) == (op, name))
+
+
+# What a block with sub-LN consists of on a GPU, in its order: attention rotates what the projection made.
+BLOCK = (
+    Case("qkv_rope", "unrotated", (), _unrotated),
+    Case("rope_attention_packed", "axis", (), lambda i: ((i.heads(3), i.rope()), {})),
+    _case("linear", "residual"),
+    _case("swiglu_mlp", "block"),
+)
 TIMM = {"base": "eva02_base_patch14_224.mim_in22k", "large": "eva02_large_patch14_224.mim_in22k"}
 
 
@@ -129,8 +144,8 @@ def print_traffic(json: Path | None = None, progress: Callable[[str], None] = pr
     for backend, model in itertools.product(("cuda", "triton"), TIMM):
         unit = 2 * 257 * MODELS[model].dim  # T of the model's description: one activation
         lines, total = [], Moved()
-        for op, name in BLOCK:
-            case = next(c for c in CASES if (c.op, c.name) == (op, name))
+        for case in BLOCK:
+            op = case.op
             for direction, moved in count(case, model, backend).items():
                 rows.append(
                     {"backend": backend, "model": model, "op": op, "direction": direction, **dataclasses.asdict(moved)}

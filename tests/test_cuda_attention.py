@@ -10,6 +10,7 @@ import torch
 
 import eva02_kernels
 from eva02_kernels import RopeTable, rope_2d
+from eva02_kernels.nn import RopeAttention
 from eva02_kernels.testing import executing, nan_filled_memory
 from eva02_kernels.testing.modes import CUDA_SIMULATED
 
@@ -131,3 +132,32 @@ def test_loads_and_stores_cost_what_they_must():
         # lse and delta are stored by 16 rows a warp, which start a sector each time.
         sectors = sum(report.traffic[o].stored_sectors for o in outputs) + 197 * 4 // 32 + 1
         assert counters.global_store_sectors <= 1.1 * sectors, name
+
+
+@pytest.mark.parametrize("case", ["axis", "half", "keep", "head table"])
+def test_a_module_rotates_in_attention_alone(case):
+    """As on the CPU, whose projection rotates, with gradients of everything; no kernel of its own rotates."""
+    generator = torch.Generator().manual_seed(0)
+    module = RopeAttention(24, 2, num_prefix_tokens=2, rotate_half=case == "half", attn_head_dim=16)
+    for parameter in module.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 24**-0.5
+    table, kwargs = rope_2d((3, 4), 16, layout="half" if case == "half" else "interleaved"), {}
+    leaves = [torch.randn(2, 9 if case == "keep" else 14, 24, generator=generator).requires_grad_()]
+    if case == "keep":
+        kwargs["keep_idx"] = torch.stack([torch.randperm(12, generator=generator)[:7] for _ in range(2)])
+    if case == "head table":
+        angles = torch.randn(2, 12, 8, generator=generator)
+        leaves += [t.requires_grad_() for t in (angles.cos(), angles.sin())]
+        table = RopeTable.from_cos_sin(*leaves[1:], "interleaved", per="head")
+    leaves += module.parameters()
+
+    def results():
+        out = module(leaves[0], table, **kwargs)
+        return [out.detach(), *torch.autograd.grad(out.square().sum(), leaves)]
+
+    expected, reports = results(), []
+    with executing("simulator", on_report=reports.append), nan_filled_memory():
+        found = results()
+    for a, b in zip(found, expected, strict=True):
+        assert float((a - b).norm() / b.norm()) < 2e-6
+    assert reports and not [r.kernel for r in reports if "project_rope" in r.kernel or "rotate" in r.kernel]

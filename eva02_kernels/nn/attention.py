@@ -2,13 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from eva02_kernels import add_layer_norm, gather_tokens, linear, qkv_rope, rope_attention_packed
+from eva02_kernels import _triton, add_layer_norm, gather_tokens, linear, qkv_rope, rope_attention_packed
 from eva02_kernels.nn.mlp import NormLayer
 from eva02_kernels.nn.norm import PreNorm, fusable_norm
 from eva02_kernels.rope import RopeTable
+
+
+def rotates_on_load(x: Tensor) -> bool:
+    """Whether attention, not the projection of x before it, rotates queries and keys.
+
+    A GPU's attention kernels rotate what they load and rotate gradients back before they store them: no pass more, and
+    none of qkv_rope over dqkv. The CPU's rotate as they project: they would do it again for every block of queries.
+    """
+    return x.device.type != "cpu" or _triton.executing is not None
+
+
+def projected_attention(
+    x: Tensor,
+    weight: Tensor | tuple[Tensor, Tensor, Tensor],
+    bias: Tensor | Sequence[Tensor | None] | None,
+    rope: RopeTable | None = None,
+    *,
+    num_heads: int,
+    num_kv_heads: int | None = None,
+    pre_norm: PreNorm | None = None,
+    num_prefix_tokens: int = 1,
+    keep_idx: Tensor | None = None,
+    **attention: Any,
+) -> Tensor:
+    """qkv_rope and rope_attention_packed of it, rotated by one of them; (B, S, num_heads, D).
+
+    ``attention``: key_padding_mask, causal and scale, as rope_attention_packed takes them.
+    """
+    rotation = {"rope": rope, "num_prefix_tokens": num_prefix_tokens, "keep_idx": keep_idx}
+    now, later = ({}, rotation) if rotates_on_load(x) else (rotation, {})
+    qkv = qkv_rope(x, weight, bias, num_heads=num_heads, num_kv_heads=num_kv_heads, pre_norm=pre_norm, **now)
+    out: Any = rope_attention_packed(qkv, num_kv_heads=num_kv_heads, **later, **attention)
+    return out
 
 
 class RopeAttention(nn.Module):
@@ -122,23 +158,22 @@ class RopeAttention(nn.Module):
             weight = (q_proj.weight, k_proj.weight, v_proj.weight)
             q_bias = q_proj.bias
             bias = None if q_bias is None else (q_bias, k_proj.bias, v_proj.bias)
-        prefix = self.num_prefix_tokens
         if rope is not None and rope.layout.startswith("half") != self.rotate_half:
             raise ValueError(
                 f"RopeAttention: rotate_half={self.rotate_half}, but the table's layout is {rope.layout!r}"
             )
-        packed = qkv_rope(
+        out = projected_attention(
             x,
             weight,
             bias,
             rope,
             num_heads=self.num_heads,
             pre_norm=pre_norm,
-            num_prefix_tokens=prefix,
+            num_prefix_tokens=self.num_prefix_tokens,
             keep_idx=keep_idx,
-        )
-        out = rope_attention_packed(
-            packed, key_padding_mask=key_padding_mask, causal=is_causal, scale=self.scale
+            key_padding_mask=key_padding_mask,
+            causal=is_causal,
+            scale=self.scale,
         ).flatten(-2)
         if out_idx is not None:
             out = gather_tokens(out, out_idx)

@@ -16,9 +16,9 @@ from eva02_kernels import (
     linear,
     qkv_rope,
     rope_attention,
-    rope_attention_packed,
     swiglu_mlp,
 )
+from eva02_kernels.nn.attention import projected_attention
 
 from . import _read as read
 
@@ -53,22 +53,15 @@ def attention(
     heads, kv_heads = spec.num_heads, spec.num_kv_heads
     x, pre_norm = _pre_norm(x, pre, apart=spec.gate is not None)
     normed_heads = spec.q_norm is not None or spec.k_norm is not None
-    rotate_later = normed_heads or (table is not None and table.cos.dim() == 4)
-    qkv = qkv_rope(
-        x,
-        spec.weight,
-        spec.bias,
-        None if rotate_later else table,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        pre_norm=pre_norm,
-        num_prefix_tokens=num_prefix_tokens,
-    )
+    projection: dict[str, Any] = {"num_heads": heads, "num_kv_heads": kv_heads, "pre_norm": pre_norm}
     masks: dict[str, Any] = {"key_padding_mask": key_padding_mask, "causal": causal, "scale": spec.scale}
     out: Any
-    if not rotate_later:
-        out = rope_attention_packed(qkv, num_kv_heads=kv_heads, **masks)
+    if not (normed_heads or (table is not None and table.cos.dim() == 4)):
+        out = projected_attention(
+            x, spec.weight, spec.bias, table, num_prefix_tokens=num_prefix_tokens, **projection, **masks
+        )
     else:
+        qkv = qkv_rope(x, spec.weight, spec.bias, **projection)
         q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=2)
         weights: dict[str, Any] = {}
         if spec.q_norm is not None and spec.k_norm is not None and _same_rms(spec.q_norm, spec.k_norm):
