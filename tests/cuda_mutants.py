@@ -44,8 +44,8 @@ class Mutant:
     test: str = ""  # of another file than the contract suite: what a rounding hides there
 
 
-def row(name: str, op: str, old: str, new: str, equivalent: str = "") -> Mutant:
-    return Mutant(name, f"{op}/{op}_cuda.cu", old, new, op, equivalent=equivalent)
+def row(name: str, op: str, old: str, new: str, equivalent: str = "", test: str = "") -> Mutant:
+    return Mutant(name, f"{op}/{op}_cuda.cu", old, new, op, equivalent=equivalent, test=test)
 
 
 def attention(name: str, file: str, old: str, new: str, source: str = "") -> Mutant:
@@ -64,8 +64,8 @@ def product(
     return Mutant(name, "gemm/product.cuh", old, new, op, f"gemm/{source}.cu", equivalent)
 
 
-def epilogue(name: str, source: str, old: str, new: str, op: str) -> Mutant:
-    return Mutant(name, f"gemm/{source}.cu", old, new, op)
+def epilogue(name: str, source: str, old: str, new: str, op: str, equivalent: str = "") -> Mutant:
+    return Mutant(name, f"gemm/{source}.cu", old, new, op, equivalent=equivalent)
 
 
 MUTANTS = (
@@ -74,10 +74,12 @@ MUTANTS = (
            "* static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)) * (W - (W > 1))", "swiglu"),
     shared("row_has_one_column_more", "return first_column<W>(i / W) + i % W < C;",
            "return first_column<W>(i / W) + i % W <= C;", "subln_swiglu"),
-    shared("last_pack_reads_on", "if (c + W <= C) {\n      load_pack<W>(row + c, v + j * W);",
-           "if (c < C) {\n      load_pack<W>(row + c, v + j * W);", "add_layer_norm"),
-    shared("last_pack_writes_on", "if (c + W <= C) {\n      store_pack<W>(row + c, v + j * W);",
-           "if (c < C) {\n      store_pack<W>(row + c, v + j * W);", "subln_swiglu"),
+    # Rows that are wider than their columns are those of a hidden layer.
+    Mutant("last_pack_reads_on", "common/rows.cuh", "if (c + W <= C) {\n      load_pack<W>(row + c, v + j * W);",
+           "if (c < C) {\n      load_pack<W>(row + c, v + j * W);", "swiglu_mlp", "subln_swiglu/subln_swiglu_cuda.cu"),
+    Mutant("last_pack_writes_on", "common/rows.cuh", "if (c + W <= C) {\n      store_pack<W>(row + c, v + j * W);",
+           "if (c < C) {\n      store_pack<W>(row + c, v + j * W);", "swiglu_mlp", "subln_swiglu/subln_swiglu_cuda.cu",
+           equivalent="what is behind a row's columns is padding, which is zeroed afterwards"),
     shared("sum_of_the_first_warp", "x[n] = warp_sum(lane < warps ? partial[n][lane] : 0.f);",
            "x[n] = warp_sum(lane < 1 ? partial[n][lane] : 0.f);", "add_layer_norm"),
     shared("sum_without_a_barrier", "partial[n][warp] = x[n];\n  }\n  __syncthreads();",
@@ -125,7 +127,8 @@ MUTANTS = (
     row("swiglu_gradients_swapped", "swiglu", "u[i] = d[i] * a.value;", "u[i] = d[i] * a.slope;"),
     # ---- add_layer_norm
     row("add_norm_without_row_scale", "add_layer_norm", "s[i] *= row_scale * scale[i];", "s[i] *= scale[i];"),
-    row("add_norm_sum_not_rounded", "add_layer_norm", "s[i] = rounded<T>(s[i]);", "s[i] = s[i];"),
+    row("add_norm_sum_not_rounded", "add_layer_norm", "s[i] = rounded<T>(s[i]);", "s[i] = s[i];",
+        test="tests/test_cuda_host.py::test_the_sum_that_is_normalised_is_the_one_that_is_returned"),
     row("add_norm_row_scale_of_the_next_sample", "add_layer_norm",
         "p.row_scale[row / p.rows_per_sample];\n    const float mean", "p.row_scale[0];\n    const float mean"),
     row("add_norm_without_dsum", "add_layer_norm", "d[i] += x[i];", "d[i] += 0.f * x[i];"),
@@ -135,7 +138,7 @@ MUTANTS = (
     row("gather_ignores_padding", "gather_tokens", "  if (row >= 0) {", "  {"),
     row("gather_from_the_wrong_sample", "gather_tokens", "row / p.seqlen * p.x_batch_stride", "0 * p.x_batch_stride"),
     row("gather_norm_padding_has_statistics", "gather_layer_norm", "Statistics stats{0.f, 0.f};",
-        "Statistics stats{0.f, 1.f};"),
+        "Statistics stats{0.f, 1.f};", equivalent="backward reads no statistics of padding: nothing points to it"),
     row("gather_norm_statistics_of_the_row", "gather_layer_norm", "const float mean = p.mean[m], rstd = p.rstd[m];",
         "const float mean = p.mean[0], rstd = p.rstd[0];"),
     Mutant("index_of_the_first_sample", "common/token_index.h", "m / per_sequence * seqlen + entry", "entry",
@@ -197,7 +200,7 @@ MUTANTS = (
     epilogue("project_rope_keys_beyond_a_head_table", "project_rope", "head < heads ? head : head - heads", "head",
              "qkv_rope"),
     epilogue("project_rope_first_head_forgotten", "project_rope", "static_cast<int>(p.first_head) + c / head_dim",
-             "c / head_dim", "qkv_rope"),
+             "c / head_dim", "qkv_rope", "a weight with a first head is of keys or values alone, counted from 0"),
     epilogue("scaled_gradient_without_layer_scale", "output_gradient", "x[i] *= scale[i];", "x[i] *= 1.f;", "linear"),
     epilogue("bias_sums_of_the_last_row", "output_gradient", "sums[i] += x[i] *= row_scale;",
              "sums[i] = x[i] *= row_scale;", "linear"),

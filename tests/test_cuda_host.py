@@ -86,6 +86,17 @@ def test_rows_too_wide_are_refused_before_and_in_the_launcher():
 
 
 @needs_simulator
+def test_the_sum_that_is_normalised_is_the_one_that_is_returned():
+    """Rounded, as backward will read it."""
+    generator = torch.Generator().manual_seed(0)
+    x, residual, weight, bias = (torch.randn(*s, 40, generator=generator).bfloat16() for s in ((9,), (9,), (), ()))
+    with executing("simulator"):
+        normed, total = eva02_kernels.add_layer_norm(x, residual, weight, bias, backend="cuda")
+        again, _ = eva02_kernels.add_layer_norm(total, None, weight, bias, backend="cuda")
+    assert torch.equal(normed, again)
+
+
+@needs_simulator
 def test_nothing_is_simulated_outside():
     with executing("simulator"):
         assert eva02_kernels.select("swiglu", torch.randn(2, 8)).backend == "cuda"

@@ -206,6 +206,7 @@ def _samples() -> list[Sample]:
         Sample("gqa", make(64, split=True, kv=2, shape=(2, 4, 16), grid=(4, 4))),
         Sample("scaled_table", make(48, shape=(2, 3, 16), grid=(3, 3), rope="dense", table_scale=1.1)),
         Sample("head_table", make(48, shape=(2, 3, 16), grid=(3, 3), rope="head")),
+        Sample("head_table_20", make(48, shape=(2, 3, 20), grid=(3, 3), rope="head")),  # heads end within 8 columns
         Sample("batch_table", make(48, split=True, shape=(2, 3, 16), grid=(3, 3), rope="batch")),
         Sample("grids", make(48, shape=(2, 3, 16), grid=(3, 4), grids=((3, 4), (4, 3)), swap=True)),
         Sample("empty", make(48, shape=(0, 3, 16), grid=(3, 3))),
