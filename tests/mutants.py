@@ -130,7 +130,7 @@ MUTANTS = (
       "range(first, first + BLOCK_P, BLOCK_P)", "rope_attention"),
     M("partial_sums_column_mask_off_by_one", LIB, "_column_sums_kernel", "mask=cols < N", "mask=cols < N - 1",
       "add_layer_norm"),
-    M("column_sums_of_the_last_rows", LIB, "_scale_and_sum_kernel", "total += x", "total = x", "linear"),
+    M("column_sums_of_the_last_rows", LIB, "_scale_and_sum_kernel", "part += x", "part = x", "linear"),
     M("column_sums_without_row_scale", LIB, "_scale_and_sum_kernel", "rows // rows_per_sample",
       "rows // rows_per_sample * 0", PRODUCTS),
     M("scaled_gradient_without_layer_scale", LIB, "_scale_and_sum_kernel", "x *= tl.load(layer_scale_ptr",

@@ -184,21 +184,25 @@ def _scale_and_sum_kernel(
     N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    step = tl.num_programs(0) * BLOCK_M
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(tl.program_id(0) * BLOCK_M, M, tl.num_programs(0) * BLOCK_M):
-        rows = start + tl.arange(0, BLOCK_M)
-        keep = (rows < M)[:, None] & (cols < N)[None, :]
-        x = tl.load(x_ptr + row_offsets(rows, stride_x) + cols[None, :], mask=keep, other=0.0).to(tl.float32)
-        out = row_offsets(rows, N) + cols[None, :]
-        if row_scale_ptr is not None:
-            x *= tl.load(row_scale_ptr + rows // rows_per_sample, mask=rows < M, other=0.0)[:, None]
-        total += x
-        if row_scaled_ptr is not None:
-            tl.store(row_scaled_ptr + out, x.to(row_scaled_ptr.dtype.element_ty), mask=keep)
-        if scaled_ptr is not None:
-            if layer_scale_ptr is not None:
-                x *= tl.load(layer_scale_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
-            tl.store(scaled_ptr + out, x.to(scaled_ptr.dtype.element_ty), mask=keep)
+    for begin in range(tl.program_id(0) * BLOCK_M, M, 16 * step):
+        part = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)  # of a few blocks: long sums would round much more
+        for start in range(begin, tl.minimum(M, begin + 16 * step), step):
+            rows = start + tl.arange(0, BLOCK_M)
+            keep = (rows < M)[:, None] & (cols < N)[None, :]
+            x = tl.load(x_ptr + row_offsets(rows, stride_x) + cols[None, :], mask=keep, other=0.0).to(tl.float32)
+            out = row_offsets(rows, N) + cols[None, :]
+            if row_scale_ptr is not None:
+                x *= tl.load(row_scale_ptr + rows // rows_per_sample, mask=rows < M, other=0.0)[:, None]
+            part += x
+            if row_scaled_ptr is not None:
+                tl.store(row_scaled_ptr + out, x.to(row_scaled_ptr.dtype.element_ty), mask=keep)
+            if scaled_ptr is not None:
+                if layer_scale_ptr is not None:
+                    x *= tl.load(layer_scale_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+                tl.store(scaled_ptr + out, x.to(scaled_ptr.dtype.element_ty), mask=keep)
+        total += part
     if sum_ptr is not None:
         tl.store(sum_ptr + tl.program_id(0) * N + cols, tl.sum(total, 0), mask=cols < N)
 
