@@ -75,13 +75,13 @@ def test_cpu_tensors_are_refused():
 
 @needs_simulator
 def test_rows_too_wide_are_refused_before_and_in_the_launcher():
-    x, weight = torch.randn(2, 4104), torch.ones(4104)
+    x, weight = torch.randn(2, 8200), torch.ones(8200)
     with executing("simulator"):
-        with pytest.raises(NotImplementedError, match="needs at most 4096 columns, got 4104"):
+        with pytest.raises(NotImplementedError, match="needs at most 8192 columns, got 8200"):
             eva02_kernels.add_layer_norm(x, weight=weight, backend="cuda")
         eva02_kernels.swiglu(x, x, backend="cuda")  # nothing is summed over a row
         outputs = torch.empty_like(x), torch.empty(2), torch.empty(2)
-        with pytest.raises(RuntimeError, match="run_subln_swiglu_fwd: a row has more than 4096 columns"):
+        with pytest.raises(RuntimeError, match="run_subln_swiglu_fwd: a row has more than 8192 columns"):
             torch.ops.eva02_kernels_C.subln_swiglu_fwd_cuda(x, x, weight, weight, 1e-6, *outputs)
 
 

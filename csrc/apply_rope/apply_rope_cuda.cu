@@ -17,6 +17,7 @@ namespace eva02::cuda {
 namespace {
 
 constexpr int kPairs = 4, kThreads = 256;
+constexpr int kResident = 5;  // CTAs of a multiprocessor: for a sixth the registers would be too few
 
 // n of N contiguous elements, in packs of W.
 template <int W, int N, class T>
@@ -58,7 +59,7 @@ __device__ void load_angles(const float* const (&runs)[2], int first, int n, int
 }
 
 template <class T, int W, bool kInterleaved>
-__global__ void __launch_bounds__(kThreads) rotate_kernel(const __grid_constant__ ApplyRopeParams p) {
+__global__ void __launch_bounds__(kThreads, kResident) rotate_kernel(const __grid_constant__ ApplyRopeParams p) {
   const int D = static_cast<int>(p.D), half = D / 2, chunks = ceil_div(half, kPairs);
   const int64_t item = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int chunk = static_cast<int>(item % chunks), first = chunk * kPairs, n = min(kPairs, half - first);

@@ -10,9 +10,9 @@
 namespace eva02::cuda {
 
 constexpr int kItems = 8;
-constexpr int kMaxRowThreads = 512;  // of 128 registers; backward kernels do not fit into the 64 that 1024 would have
+constexpr int kMaxRowThreads = 1024;  // of 64 registers: what outlives a row is kept in shared memory
 constexpr int kMaxColumns = kItems * kMaxRowThreads;
-inline constexpr char kRowTooWide[] = "a row has more than 4096 columns";
+inline constexpr char kRowTooWide[] = "a row has more than 8192 columns";
 
 // ---- elements -------------------------------------------------------------------------------------------------------
 __device__ inline float to_float(float x) { return x; }
@@ -53,16 +53,29 @@ __device__ float rounded(float v) {
   return to_float(from_float<T>(v));
 }
 
+// The same, in a form that the compiler cannot tell from a new number: what is computed from it is computed again,
+// instead of being kept in registers.
+__device__ inline void forget(int& x) { asm volatile("" : "+r"(x)); }
+__device__ inline void forget(int64_t& x) { asm volatile("" : "+l"(x)); }
+__device__ inline void forget(float& x) { asm volatile("" : "+f"(x)); }
+
 // ---- a thread's share of a row --------------------------------------------------------------------------------------
 template <int W>
 __device__ int first_column(int pack) {
-  return (pack * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)) * W;
+  int thread = static_cast<int>(threadIdx.x);
+  if constexpr (W == 1) forget(thread);  // eight columns would take too many registers
+  return (pack * static_cast<int>(blockDim.x) + thread) * W;
+}
+
+template <int W>
+__device__ int column_of(int item) {
+  return first_column<W>(item / W) + item % W;
 }
 
 // Is item i of this thread a column of the row?
 template <int W>
 __device__ bool in_row(int i, int C) {
-  return first_column<W>(i / W) + i % W < C;
+  return column_of<W>(i) < C;
 }
 
 // Columns beyond the last are zero. A row's last pack may be a part: its elements are read one by one.
@@ -109,7 +122,7 @@ __device__ void load_row_of_any_alignment(const T* row, int C, float (&v)[kItems
   else {
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
-      const int c = first_column<W>(i / W) + i % W;
+      const int c = column_of<W>(i);
       v[i] = c < C ? to_float(row[c]) : 0.f;
     }
   }
@@ -150,6 +163,58 @@ __device__ void sum_of_run(const InverseTokenIndex& inverse, int64_t row, const 
 #pragma unroll
     for (int i = 0; i < kItems; ++i) sum[i] += v[i];
   }
+}
+
+// ---- what outlives a row --------------------------------------------------------------------------------------------
+// Floats for each of a thread's columns in dynamic shared memory, of which a thread meets its own alone: registers are
+// left to the row.
+__device__ inline float* own_columns(int which) {
+  extern __shared__ __align__(16) unsigned char memory[];
+  return reinterpret_cast<float*>(memory) +
+         (which * kItems / 4 * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)) * 4;
+}
+
+template <class F>
+__device__ void update_own(int which, const F& f) {
+  float* mine = own_columns(which);
+#pragma unroll
+  for (int i = 0; i < kItems; i += 4) {
+    float v[4];
+    load_pack<4>(mine + i * static_cast<int>(blockDim.x), v);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) v[k] = f(i + k, v[k]);
+    store_pack<4>(mine + i * static_cast<int>(blockDim.x), v);
+  }
+}
+
+__device__ inline void load_own(int which, float (&v)[kItems]) {
+  const float* mine = own_columns(which);
+#pragma unroll
+  for (int i = 0; i < kItems; i += 4) load_pack<4>(mine + i * static_cast<int>(blockDim.x), v + i);
+}
+
+__device__ inline void store_own(int which, const float (&v)[kItems]) {
+  float* mine = own_columns(which);
+#pragma unroll
+  for (int i = 0; i < kItems; i += 4) store_pack<4>(mine + i * static_cast<int>(blockDim.x), v + i);
+}
+
+__device__ inline void clear_own(int count) {
+  for (int which = 0; which < count; ++which) update_own(which, [](int, float) { return 0.f; });
+}
+
+template <int W>
+__device__ void keep_param(int which, const Param& param, int C, float absent) {
+  float v[kItems];
+  load_param<W>(param, C, v, absent);
+  store_own(which, v);
+}
+
+__device__ inline void scale_by_own(int which, float (&v)[kItems]) {
+  float w[kItems];
+  load_own(which, w);
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) v[i] *= w[i];
 }
 
 // ---- sums over a row ------------------------------------------------------------------------------------------------
@@ -210,28 +275,56 @@ __device__ Statistics row_statistics(const float (&v)[kItems], int C, float eps,
   return {mean, 1.f / sqrtf(block_sum(squares) / static_cast<float>(C) + eps)};
 }
 
-// d becomes the gradient of a normalised row's input: (w dy - mean(w dy) - xhat mean(w dy xhat)) rstd, from w dy.
-__device__ inline void norm_input_gradient(float (&d)[kItems], const float (&xhat)[kItems], float rstd, int C,
-                                           bool rms) {
-  float sums[2] = {};  // of d, and of d * xhat; both are zero beyond the last column
+// xhat of a row. Beyond the last column it is no zero, but the gradient there is.
+__device__ inline void normalize(float (&v)[kItems], float mean, float rstd) {
 #pragma unroll
-  for (int i = 0; i < kItems; ++i) {
-    sums[0] += d[i];
-    sums[1] += d[i] * xhat[i];
-  }
-  block_sum(sums);
-  const float c1 = rms ? 0.f : sums[0] / static_cast<float>(C), c2 = sums[1] / static_cast<float>(C);
-#pragma unroll
-  for (int i = 0; i < kItems; ++i) d[i] = (d[i] - c1 - xhat[i] * c2) * rstd;
+  for (int i = 0; i < kItems; ++i) v[i] = (v[i] - mean) * rstd;
 }
 
-// A CTA's partial sums of one parameter, C floats at any alignment.
-template <int W>
-__device__ void store_partial_sums(float* out, int C, const float (&v)[kItems]) {
+// Sums that the CTAs of a norm's backward keep: of the weight's and the bias's gradient together, then of the layer
+// scale's.
+__host__ __device__ inline int num_sums(const ParamGrad& dweight, const ParamGrad& dbias, const ParamGrad& dscale) {
+  return (dweight.data != nullptr || dbias.data != nullptr ? 2 : 0) + (dscale.data != nullptr ? 1 : 0);
+}
+
+// Adds a row's share to the gradients of a norm's weight and bias, which are the first two of what a column keeps.
+__device__ inline void add_param_gradients(const float (&d)[kItems], const float (&xhat)[kItems]) {
+  update_own(0, [&](int i, float dw) { return dw + d[i] * xhat[i]; });
+  update_own(1, [&](int i, float db) { return db + d[i]; });
+}
+
+// The gradient of a normalised row's input: (w dy - mean(w dy) - xhat mean(w dy xhat)) rstd, from w dy.
+struct NormInputGradient {
+  float mean, slope, rstd;
+
+  // d is w dy, zero beyond the last column.
+  __device__ NormInputGradient(const float (&d)[kItems], const float (&xhat)[kItems], float rstd, int C, bool rms)
+      : rstd(rstd) {
+    float sums[2] = {};
 #pragma unroll
-  for (int i = 0; i < kItems; ++i) {
-    const int c = first_column<W>(i / W) + i % W;
-    if (c < C) out[c] = v[i];
+    for (int i = 0; i < kItems; ++i) {
+      sums[0] += d[i];
+      sums[1] += d[i] * xhat[i];
+    }
+    block_sum(sums);
+    mean = rms ? 0.f : sums[0] / static_cast<float>(C);
+    slope = sums[1] / static_cast<float>(C);
+  }
+  __device__ float operator()(float d, float xhat) const { return (d - mean - xhat * slope) * rstd; }
+};
+
+// The first N of what each column keeps, as a CTA's partial sums: N times C floats at any alignment.
+template <int W>
+__device__ void store_partial_sums(float* partials, int N, int C) {
+  for (int n = 0; n < N; ++n) {
+    float* out = partials + (static_cast<int64_t>(blockIdx.x) * N + n) * C;
+    float v[kItems];
+    load_own(n, v);
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      const int c = column_of<W>(i);
+      if (c < C) out[c] = v[i];
+    }
   }
 }
 
@@ -249,6 +342,46 @@ inline int summing_ctas(int64_t rows, int threads) {
   const int64_t few = ceil_div<int64_t>(rows, 16);
   const int ctas = row_ctas(rows, threads);
   return static_cast<int>(few < ctas ? few : ctas);
+}
+
+// Starts a kernel that keeps `own` floats, three at most, for each of its columns.
+template <class Params, class... More>
+const char* launch_rows(void (*kernel)(Params, More...), const Params& p, int ctas, int threads, int own,
+                        const Device& device, More... more) {
+  constexpr int kMost = 3 * kMaxColumns * static_cast<int>(sizeof(float)), kUnasked = 40 << 10;
+  static_assert(kMost ==
+                96 << 10);  // of 99 KB that every device has; a launch has 48 KB unasked, static arrays included
+  const int bytes = own * threads * kItems * static_cast<int>(sizeof(float));
+  if (bytes > kUnasked) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMost);
+  kernel<<<ctas, threads, bytes, stream_of(device)>>>(p, more...);
+  return launch_error();
+}
+
+// out[c] = sum over parts of partials[part * stride + c], in the order of the parts (rows.cu). Nothing where out is
+// absent.
+void sum_columns(const ParamGrad& out, const float* partials, int parts, int64_t stride, int64_t C,
+                 const Device& device);
+
+// A norm's backward, over rows of C columns: launch(ctas, threads, sums, partials) of a kernel whose CTAs keep that
+// many sums, then the parameters' gradients from these. dscale: absent, or a third one.
+template <class Launch>
+const char* norm_backward(int64_t rows, int64_t C, const ParamGrad& dweight, const ParamGrad& dbias,
+                          const ParamGrad& dscale, const Device& device, const Launch& launch) {
+  const int sums = num_sums(dweight, dbias, dscale);
+  if (C == 0 || (rows == 0 && sums == 0)) return nullptr;
+  if (C > kMaxColumns) return kRowTooWide;
+  const int threads = row_threads(C), ctas = sums > 0 ? summing_ctas(rows, threads) : row_ctas(rows, threads);
+  const int64_t stride = sums * C;
+  float* partials = nullptr;
+  if (sums > 0 && (partials = workspace(device, ctas * stride)) == nullptr) return kNoMemory;
+  if (rows > 0)
+    if (const char* error = launch(ctas, threads, sums, partials)) return error;
+  if (sums > 1) {
+    sum_columns(dweight, partials, ctas, stride, C, device);
+    sum_columns(dbias, partials + C, ctas, stride, C, device);
+  }
+  if (sums > 0) sum_columns(dscale, partials + (sums - 1) * C, ctas, stride, C, device);
+  return launch_error();
 }
 
 // Kernels without a sum over the row: CTAs of kPieceThreads = columns x rows, a row wider than 2048 columns in pieces.
@@ -273,10 +406,5 @@ struct PieceGrid {
     ctas.y = static_cast<unsigned>(ceil_div<int64_t>(C, static_cast<int64_t>(threads.x) * kItems));
   }
 };
-
-// out[c] = sum over parts of partials[part * stride + c], in the order of the parts (rows.cu). Nothing where out is
-// absent.
-void sum_columns(const ParamGrad& out, const float* partials, int parts, int64_t stride, int64_t C,
-                 const Device& device);
 
 }  // namespace eva02::cuda

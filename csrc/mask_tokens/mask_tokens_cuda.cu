@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kPieceThreads)
   }
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
-    const int c = first_column<W>(i / W) + i % W;
+    const int c = column_of<W>(i);
     if (c >= piece.width) continue;
     const int64_t at = n * p.C + piece.first + c;
     if (p.dpos_embed.data != nullptr) store_param(p.dpos_embed, at, position[i]);

@@ -1,11 +1,12 @@
 // masked_cosine_loss: -mean over selected rows of cos(pred[m], target[index[m]]); 0 where no row is selected
 // Fused     gather of the target rows, both norms, dot product, mean (eager: 6 kernels); each backward in one pass
 // Bytes     forward reads 2n elements; backward reads 2n and writes n for dpred, and the same for dtarget; 12 bytes a
-// row Launch    forward a CTA for a row, then one CTA for the mean; backward one CTA for its scale, then a thread for 8
+//           row
+// Launch    forward a CTA for a row, then one CTA for the mean; backward one CTA for its scale, then a thread for 8
 //           columns of a row of each gradient
 // Numerics  float32 inside, the mean over rows in float64; norms are clamped from below by 1e-8, and a clamped norm is
 //           a constant (its derivative is zero)
-// Limits    last dim contiguous, up to 4096; any row stride; target rows may repeat (their gradients are summed in
+// Limits    last dim contiguous, up to 8192; any row stride; target rows may repeat (their gradients are summed in
 // index
 //           order); an index out of range leaves the row out
 // Source    original; the feature distillation loss of EVA-02, arXiv:2303.11331

@@ -218,7 +218,6 @@ __global__ void __launch_bounds__(Shape<T, kDim>::kMaxWarps * 32, Shape<T, kDim>
   __syncthreads();
 
   const Operand<T, kDim, false> keys(k_tile + warp_rows), values(v_tile + warp_rows);
-  const float scale2 = p.scale * kLog2e;
   float dk[kDim / 8][4] = {}, dv[kDim / 8][4] = {};
   bool counts[2];
 #pragma unroll
@@ -234,6 +233,7 @@ __global__ void __launch_bounds__(Shape<T, kDim>::kMaxWarps * 32, Shape<T, kDim>
     if (i + 1 < count) lines(i + 1, 1 - stage);
   };
   const auto use = [&](int i, int stage) {
+    forget(i);  // else its start is in a register, of which float32 heads of 128 have none to spare
     const int start = start_of(i);
     if (first_row >= length || (p.causal && start + S::kColumns <= first_row)) return;
     by_parts<S::kColumns>(length - start, [&]<int kColumns>(int at) {
@@ -250,7 +250,7 @@ __global__ void __launch_bounds__(Shape<T, kDim>::kMaxWarps * 32, Shape<T, kDim>
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
           const bool allowed = counts[r / 2] && !(p.causal && row + r / 2 * 8 > column + n * 8 + r % 2);
-          s[n][r] = allowed ? exp2_fast(fmaf(s[n][r], scale2, -l[r % 2])) : 0.f;
+          s[n][r] = allowed ? exp2_fast(fmaf(s[n][r], p.scale * kLog2e, -l[r % 2])) : 0.f;
         }
       }
       add_tile_by_rows<T, kTf32, kDim, kColumns>(dv, s, douts);

@@ -53,11 +53,10 @@ struct Place {
       length = p.cu_seqlens[sequence + 1] - first;
     }
   }
-  // The same, in a form that the compiler cannot tell from new numbers: what is computed from it is computed again,
-  // instead of being kept in registers.
+  // The same, from which everything is computed again.
   __device__ Place again() const {
     Place place = *this;
-    asm volatile("" : "+r"(place.sample), "+r"(place.first), "+r"(place.sequence));
+    forget(place.sample), forget(place.first), forget(place.sequence);
     return place;
   }
   __device__ static int rows() { return static_cast<int>(blockDim.x) / 32 * kWarpRows; }
@@ -382,7 +381,7 @@ __device__ void add_tile_by_rows(float (&acc)[kDim / 8][4], const float (&p)[kCo
   } else {
     // A lane has columns 2t and 2t + 1 of p and wants t and t + 4: the rows of b are taken in that order instead.
     const T* mine = b + lane % 4 * 2 * kPitch<T, kDim> + lane / 4;
-    constexpr int kSteps = kColumns / 8, kAtOnce = kTf32 || kDim < 128 ? kSteps : 1;  // as above
+    constexpr int kSteps = kColumns / 8, kAtOnce = kTf32 || kDim < 96 ? kSteps : 1;  // as above
 #pragma unroll(kAtOnce)
     for (int k = 0; k < kSteps; ++k) {
       float scores[4];
@@ -457,7 +456,7 @@ __device__ void pipeline(int count, const Load& load, const Arrive& arrive, cons
 // use<kColumns>(at) for the columns of a tile: all at once, or what there is of the last one in parts.
 template <int kColumns, class Use>
 __device__ void by_parts(int columns, const Use& use) {
-  if (columns >= kColumns) return use.template operator()<kColumns>(0);
+  if (kColumns == kSubtile || columns >= kColumns) return use.template operator()<kColumns>(0);
 #pragma unroll 1
   for (int at = 0; at < columns; at += kSubtile) use.template operator()<kSubtile>(at);
 }

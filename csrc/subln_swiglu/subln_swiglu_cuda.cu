@@ -2,12 +2,12 @@
 // Fused     sigmoid, two multiplications, LayerNorm (eager: 3 kernels); backward in one pass, with the weight and bias
 //           gradients as partial sums of CTAs, which a second kernel adds
 // Bytes     forward moves 3n elements, backward 5n: the minimum of both; mean and rstd are 8 bytes a row, partial sums
-// at
-//           most 1/8 of n floats
+//           at most 1/8 of n floats
 // Launch    a CTA takes rows in turn, 8 columns a thread; forward as many CTAs as fill the device, backward 16 rows
-// each Numerics  float32 inside, one rounding at the store; variance from centred values Limits    last dim contiguous;
-// any row stride and F up to 4096; 16-byte accesses where pointers and strides allow Source    original; formulas:
-// Shazeer, arXiv:2002.05202; EVA-02, arXiv:2303.11331
+//           each, with the weight and the sums in shared memory, 12 bytes a column
+// Numerics  float32 inside, one rounding at the store; variance from centred values
+// Limits    last dim contiguous; any row stride and F up to 8192; 16-byte accesses where pointers and strides allow
+// Source    original; formulas: Shazeer, arXiv:2002.05202; EVA-02, arXiv:2303.11331
 #include "common/activations.cuh"
 #include "common/rows.cuh"
 #include "subln_swiglu/subln_swiglu.h"
@@ -39,12 +39,12 @@ __global__ void __launch_bounds__(kMaxRowThreads) fwd_kernel(const __grid_consta
   }
 }
 
-template <class T, int W, bool kParamGrads>
+template <class T, int W>
 __global__ void __launch_bounds__(kMaxRowThreads)
     bwd_kernel(const __grid_constant__ SublnSwigluBwdParams p, float* partials) {
-  const int F = static_cast<int>(p.F);
-  float w[kItems], dw[kItems] = {}, db[kItems] = {};
-  load_param<W>(p.weight, F, w, 1.f);
+  const int F = static_cast<int>(p.F), sums = num_sums(p.dweight, p.dbias, {});
+  clear_own(sums);
+  keep_param<W>(sums, p.weight, F, 1.f);
 #pragma unroll 1
   for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
     float g[kItems], u[kItems], d[kItems], x[kItems];
@@ -53,29 +53,22 @@ __global__ void __launch_bounds__(kMaxRowThreads)
     load_row<W>(static_cast<const T*>(p.dout) + row * p.dout_stride, F, d);
     const float mean = p.mean[row], rstd = p.rstd[row];
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      x[i] = in_row<W>(i, F) ? (silu<T>(g[i]).value * u[i] - mean) * rstd : 0.f;
-      if constexpr (kParamGrads) {
-        dw[i] += d[i] * x[i];
-        db[i] += d[i];
-      }
-      d[i] *= w[i];
-    }
-    norm_input_gradient(d, x, rstd, F, false);
+    for (int i = 0; i < kItems; ++i) x[i] = (silu<T>(g[i]).value * u[i] - mean) * rstd;
+    if (sums > 0) add_param_gradients(d, x);
+    scale_by_own(sums, d);
+    const NormInputGradient gradient(d, x, rstd, F, false);
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
+      forget(g[i]);
       const Activation a = silu<T>(g[i]);
-      g[i] = d[i] * u[i] * a.slope;
-      u[i] = d[i] * a.value;
+      const float dh = gradient(d[i], (a.value * u[i] - mean) * rstd);
+      g[i] = dh * u[i] * a.slope;
+      u[i] = dh * a.value;
     }
     if (p.dgate != nullptr) store_row<W>(static_cast<T*>(p.dgate) + row * p.dgate_stride, F, g);
     if (p.dup != nullptr) store_row<W>(static_cast<T*>(p.dup) + row * p.dup_stride, F, u);
   }
-  if constexpr (kParamGrads) {
-    float* mine = partials + static_cast<int64_t>(blockIdx.x) * 2 * F;
-    store_partial_sums<W>(mine, F, dw);
-    store_partial_sums<W>(mine + F, F, db);
-  }
+  store_partial_sums<W>(partials, sums, F);
 }
 
 }  // namespace
@@ -87,39 +80,21 @@ const char* run_subln_swiglu_fwd(const SublnSwigluFwdParams& p, const Device& de
   return by_dtype(p.dtype, [&]<class T>() {
     PackWidth width(sizeof(T));
     width.rows(p.gate, p.gate_stride).rows(p.up, p.up_stride).rows(p.out, p.out_stride);
-    return by_width<T>(width, [&]<int W>() {
-      fwd_kernel<T, W><<<ctas, threads, 0, stream_of(device)>>>(p);
-      return launch_error();
-    });
+    return by_width<T>(width, [&]<int W>() { return launch_rows(fwd_kernel<T, W>, p, ctas, threads, 0, device); });
   });
 }
 
 const char* run_subln_swiglu_bwd(const SublnSwigluBwdParams& p, const Device& device) {
-  const bool param_grads = p.dweight.data != nullptr || p.dbias.data != nullptr;
-  if (p.F == 0 || (p.rows == 0 && !param_grads)) return nullptr;
-  if (p.F > kMaxColumns) return kRowTooWide;
-  const int threads = row_threads(p.F), ctas = param_grads ? summing_ctas(p.rows, threads) : row_ctas(p.rows, threads);
-  float* partials = nullptr;
-  if (param_grads && (partials = workspace(device, 2 * ctas * p.F)) == nullptr) return kNoMemory;
-  if (p.rows > 0) {
-    const char* error = by_dtype(p.dtype, [&]<class T>() {
+  const auto launch = [&](int ctas, int threads, int sums, float* partials) {
+    return by_dtype(p.dtype, [&]<class T>() {
       PackWidth width(sizeof(T));
       width.rows(p.dout, p.dout_stride).rows(p.gate, p.gate_stride).rows(p.up, p.up_stride);
       width.rows(p.dgate, p.dgate_stride).rows(p.dup, p.dup_stride);
-      return by_width<T>(width, [&]<int W>() {
-        return by_bool(param_grads, [&]<bool kParamGrads>() {
-          bwd_kernel<T, W, kParamGrads><<<ctas, threads, 0, stream_of(device)>>>(p, partials);
-          return launch_error();
-        });
-      });
+      return by_width<T>(
+          width, [&]<int W>() { return launch_rows(bwd_kernel<T, W>, p, ctas, threads, sums + 1, device, partials); });
     });
-    if (error != nullptr) return error;
-  }
-  if (param_grads) {
-    sum_columns(p.dweight, partials, ctas, 2 * p.F, p.F, device);
-    sum_columns(p.dbias, partials + p.F, ctas, 2 * p.F, p.F, device);
-  }
-  return launch_error();
+  };
+  return norm_backward(p.rows, p.F, p.dweight, p.dbias, {}, device, launch);
 }
 
 }  // namespace eva02::cuda

@@ -15,7 +15,7 @@ from eva02_kernels._launch import MAX_ROW_WIDTH
 from eva02_kernels._library import eager_gradients, run
 from eva02_kernels._registry import Backend, OpSpec, check_backend_name
 
-MAX_CUDA_ROW_WIDTH = 4096  # csrc/common/rows.cuh
+MAX_CUDA_ROW_WIDTH = 8192  # csrc/common/rows.cuh
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 

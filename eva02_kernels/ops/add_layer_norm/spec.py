@@ -211,6 +211,8 @@ def _samples() -> list[Sample]:
         Sample("strided", make(2, 7, 40, strided=True)),
         Sample("empty", make(0, 4, 8)),
         Sample("B", make(2, 257, 768, scale=True, drop=True)),
+        Sample("widest", make(2, 3, 8192, scale=True, drop=True)),
+        Sample("widest_odd", make(3, 8191)),
     ]
 
 

@@ -100,6 +100,7 @@ def _samples() -> list[Sample]:
         Sample("none", make(2, 9, 24, count=0)),
         Sample("empty", make(0, 9, 24, count=4)),
         Sample("S257", make(2, 257, 192, count=105)),
+        Sample("widest", make(1, 5, 8192, count=3)),
     ]
 
 

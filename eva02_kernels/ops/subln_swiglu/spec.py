@@ -102,6 +102,8 @@ def _samples() -> list[Sample]:
         Sample("empty", make(0, 8)),
         Sample("L", make(2, 257, 2730)),
         Sample("B", make(1, 257, 2048)),
+        Sample("widest", make(3, 8192)),
+        Sample("widest_odd", make(3, 8191)),
     ]
 
 
