@@ -456,9 +456,13 @@ __device__ void pipeline(int count, const Load& load, const Arrive& arrive, cons
 // use<kColumns>(at) for the columns of a tile: all at once, or what there is of the last one in parts.
 template <int kColumns, class Use>
 __device__ void by_parts(int columns, const Use& use) {
-  if (kColumns == kSubtile || columns >= kColumns) return use.template operator()<kColumns>(0);
+  if constexpr (kColumns == kSubtile) {
+    use.template operator()<kColumns>(0);
+  } else {
+    if (columns >= kColumns) return use.template operator()<kColumns>(0);
 #pragma unroll 1
-  for (int at = 0; at < columns; at += kSubtile) use.template operator()<kSubtile>(at);
+    for (int at = 0; at < columns; at += kSubtile) use.template operator()<kSubtile>(at);
+  }
 }
 
 // ---- to memory ------------------------------------------------------------------------------------------------------
