@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -94,6 +95,22 @@ def test_the_sum_that_is_normalised_is_the_one_that_is_returned():
         normed, total = eva02_kernels.add_layer_norm(x, residual, weight, bias, backend="cuda")
         again, _ = eva02_kernels.add_layer_norm(total, None, weight, bias, backend="cuda")
     assert torch.equal(normed, again)
+
+
+@needs_simulator
+@pytest.mark.parametrize("op", ["add_layer_norm", "subln_swiglu"])
+def test_what_outlives_a_row_is_kept_without_bank_conflicts(op):
+    """Rows of EVA-02 B, forward and backward: shared memory holds parameters and sums."""
+    reports: list[Any] = []
+    x, weight, bias = (t.bfloat16().requires_grad_() for t in (torch.randn(34, 768), torch.ones(768), torch.zeros(768)))
+    with executing("simulator", on_report=reports.append):
+        args = (x, x, weight, bias) if op == "subln_swiglu" else (x, None, weight, bias)
+        out = getattr(eva02_kernels, op)(*args, backend="cuda")
+        torch.autograd.grad(out if isinstance(out, torch.Tensor) else out[0], (x, weight, bias), torch.randn_like(x))
+    backward = [r.counters for r in reports if "bwd_kernel" in r.kernel]
+    assert backward and all(c.shared_store_bytes >= 2 * 4 * x.numel() for c in backward)
+    for c in (r.counters for r in reports):
+        assert c.wavefronts <= 1.1 * c.ideal_wavefronts
 
 
 @needs_simulator
