@@ -244,9 +244,10 @@ inline int row_ctas(int64_t rows, int threads) {
   return static_cast<int>(rows < resident ? rows : resident);
 }
 
-// CTAs where each sums its rows into partial sums of its own: few enough that these are 1/8 of the rows they come from.
+// CTAs where each sums its rows into partial sums of its own: few enough that these are 1/16 of the 16-bit rows they
+// come from.
 inline int summing_ctas(int64_t rows, int threads) {
-  const int64_t few = ceil_div<int64_t>(rows, 16);
+  const int64_t few = ceil_div<int64_t>(rows, 32);
   const int ctas = row_ctas(rows, threads);
   return static_cast<int>(few < ctas ? few : ctas);
 }
