@@ -252,13 +252,13 @@ def _gelu_mlp(i: Inputs) -> Arguments:
     return (x, *weights), {"pre_norm": i.pre_norm(), "residual": x}
 
 
-def _qkv_rope(i: Inputs) -> Arguments:
+def _qkv_rope(i: Inputs, *, rotated: bool = True) -> Arguments:
     dim, kwargs = i.shape.dim, {"num_heads": i.shape.heads, "pre_norm": i.pre_norm()}
     if i.shape.subln:
         weights: Any = tuple(i.tensor(dim, dim) for _ in range(3))
     else:
         weights = i.tensor(3 * dim, dim)
-    return (i.rows(), weights, (i.parameter(dim), None, i.parameter(dim)), i.rope()), kwargs
+    return (i.rows(), weights, (i.parameter(dim), None, i.parameter(dim)), i.rope() if rotated else None), kwargs
 
 
 def _padding_mask(i: Inputs) -> Tensor:
@@ -290,6 +290,8 @@ CASES = (
     Case("apply_rope", "half", ("base",), lambda i: ((i.heads(), i.rope(layout="half")), {}), rows=True),
     Case("apply_rope", "dense", ("base",), lambda i: ((i.heads(), i.dense_rope()), {})),
     Case("qkv_rope", "block", ("small", "base", "giant"), _qkv_rope, quick=("base",)),
+    # As models call it on a GPU: attention rotates.
+    Case("qkv_rope", "unrotated", ("base",), lambda i: _qkv_rope(i, rotated=False), quick=("base",), variant=True),
     Case("linear", "residual", ("base",), _linear(False), quick=("base",)),
     Case("linear", "scales", ("base",), _linear(True), variant=True),
     Case("swiglu", "packed", ("tiny", "small"), lambda i: ((i.rows(2 * i.shape.hidden),), {}), rows=True),

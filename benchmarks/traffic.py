@@ -140,35 +140,27 @@ def eager_block(model: str) -> int:
 
 def print_traffic(json: Path | None = None, progress: Callable[[str], None] = print) -> None:
     """The table of one block for B and L on the two GPU backends, and a JSON of it."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for backend, model in itertools.product(("cuda", "triton"), TIMM):
         unit = 2 * 257 * MODELS[model].dim  # T of the model's description: one activation
-        lines, total = [], Moved()
+        found = {}
         for case in BLOCK:
-            op = case.op
             for direction, moved in count(case, model, backend).items():
-                rows.append(
-                    {"backend": backend, "model": model, "op": op, "direction": direction, **dataclasses.asdict(moved)}
-                )
-                lines.append([op, direction, *(f"{n / unit:.1f}" for n in dataclasses.astuple(moved))])
-                total += moved
-            progress(f"{backend} {model} {op} counted")
-        eager = eager_block(model)
-        rows.append(
-            {
-                "backend": backend,
-                "model": model,
-                "op": "block",
-                "direction": "both",
-                **dataclasses.asdict(total),
-                "eager": eager,
-            }
-        )
-        lines.append(["block", "both", *(f"{n / unit:.1f}" for n in dataclasses.astuple(total))])
-        lines.append(["timm's block", "both", "", f"{eager / unit:.1f}", ""])
+                found[case.op, direction] = moved
+            progress(f"{backend} {model} {case.op} counted")
+        # Autograd adds what a block's input gets from the residual and from the projection.
+        found["sum of gradients", "bwd"] = Moved(0, 3 * unit, 3 * unit)
+        total, eager = sum(found.values(), Moved()), eager_block(model)
+        found["block", "both"] = total
+        table = []
+        for (op, direction), moved in found.items():
+            row = {"backend": backend, "model": model, "op": op, "direction": direction, **dataclasses.asdict(moved)}
+            rows.append(row | ({"eager": eager} if op == "block" else {}))
+            table.append([op, direction, *(f"{n / unit:.1f}" for n in dataclasses.astuple(moved))])
+        table.append(["timm's block", "both", "", f"{eager / unit:.1f}", ""])
         share = f"{total.distinct / eager:.3f} of timm's distinct bytes"
         title = f"{backend}, {model}, bfloat16, in T = {unit} bytes a sample: {share}"
-        print_table(title, ("op", "direction", "formula", "distinct", "requested"), lines)
+        print_table(title, ("op", "direction", "formula", "distinct", "requested"), table)
     if json:
         write_json(json, {"environment": environment("cpu"), "rows": rows})
         print(f"wrote {json}")

@@ -47,11 +47,13 @@ MAX_ROW_WIDTH = 16384
 
 
 @functools.cache
-def whole_rows(width: int) -> Choice:
-    """Tiles BLOCK_M x BLOCK_N of whole rows: about 16 elements a thread, several narrow rows a program."""
+def whole_rows(width: int, elements: int = 16) -> Choice:
+    """Tiles BLOCK_M x BLOCK_N of whole rows: about 16 elements a thread (or fewer, for kernels with many sums), several
+    narrow rows a program."""
     block_n = power_of_2(width)
     block_m = max(1, 512 // block_n)
-    return choice(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=min(16, max(1, block_m * block_n // 512)), num_stages=1)
+    warps = min(16, max(1, block_m * block_n // (32 * elements)))
+    return choice(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=1)
 
 
 @functools.cache
@@ -60,6 +62,13 @@ def row_pieces(width: int) -> Choice:
     block_n = min(1024, power_of_2(width))
     block_m = max(1, 2048 // block_n)
     return choice(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4, num_stages=1)
+
+
+@functools.cache
+def fold_norm(pieces: int) -> Choice:
+    """A program for rows of statistics in so many pieces, or for a row of a weight."""
+    block_p = max(2, power_of_2(pieces))
+    return choice(BLOCK_M=max(1, min(32, 4096 // block_p)), BLOCK_P=block_p, BLOCK_N=1024, num_warps=4, num_stages=1)
 
 
 COLUMN_SUMS = choice(BLOCK_P=32, BLOCK_N=64, num_warps=4, num_stages=1)
@@ -207,23 +216,26 @@ def _tiles(m: int, n: int, k: int, num_warps: int, num_stages: int) -> Choice:
 
 
 # Largest tiles first, for each kind of epilogue: "plain"; "rich", which reads or writes several tiles; "dual", two
-# products at once. None spills compiled for 8.0; shared memory is under the 99 KiB of 8.6 and 8.9, but for what 8.0
-# with its 163 KiB gets instead of the first.
+# products at once, and "with norm" the statistics of what they give. None spills compiled for 8.0; shared memory is
+# under the 99 KiB of 8.6 and 8.9, but for what 8.0 with its 163 KiB gets instead of the first.
 _GEMM_16_BIT = {
     "plain": (_tiles(128, 256, 64, 8, 3), _tiles(128, 128, 64, 8, 3), _tiles(64, 128, 32, 4, 4),
               _tiles(64, 64, 64, 4, 3)),
     "rich": (_tiles(128, 128, 64, 8, 3), _tiles(64, 128, 32, 4, 4), _tiles(64, 64, 64, 4, 3)),
     "dual": (_tiles(128, 64, 64, 8, 3), _tiles(128, 64, 32, 8, 4), _tiles(64, 64, 32, 4, 4)),
+    "dual with norm": (_tiles(128, 64, 32, 8, 4), _tiles(64, 64, 32, 4, 4)),
 }  # fmt: skip
 _GEMM_16_BIT_80 = {
     "plain": (_tiles(128, 256, 64, 8, 4), *_GEMM_16_BIT["plain"][1:]),
     "rich": (_tiles(128, 128, 64, 8, 4), *_GEMM_16_BIT["rich"][1:]),
     "dual": (_tiles(128, 64, 64, 8, 4), *_GEMM_16_BIT["dual"][1:]),
+    "dual with norm": _GEMM_16_BIT["dual with norm"],
 }
 _GEMM_32_BIT = {
     "plain": (_tiles(128, 128, 32, 8, 3), _tiles(64, 128, 32, 4, 3), _tiles(64, 64, 32, 4, 4)),
     "rich": (_tiles(128, 128, 32, 8, 3), _tiles(64, 128, 32, 4, 3), _tiles(64, 64, 32, 4, 4)),
     "dual": (_tiles(128, 64, 32, 8, 3), _tiles(64, 64, 32, 4, 3), _tiles(64, 32, 32, 4, 3)),
+    "dual with norm": (_tiles(64, 64, 32, 4, 3), _tiles(64, 32, 32, 4, 3)),
 }
 
 

@@ -68,6 +68,11 @@ def epilogue(name: str, source: str, old: str, new: str, op: str, equivalent: st
     return Mutant(name, f"gemm/{source}.cu", old, new, op, equivalent=equivalent)
 
 
+def in_mlp(name: str, old: str, new: str) -> Mutant:
+    """Of subln_swiglu's backward kernel, as swiglu_mlp calls it."""
+    return Mutant(name, "subln_swiglu/subln_swiglu_cuda.cu", old, new, "swiglu_mlp")
+
+
 MUTANTS = (
     # ---- common/rows.cuh
     shared("packs_overlap", "* static_cast<int>(blockDim.x) + thread) * W",
@@ -124,6 +129,10 @@ MUTANTS = (
     row("subln_slope_forgotten", "subln_swiglu", "g[i] = dh * u[i] * a.slope;", "g[i] = dh * u[i] * a.value;"),
     row("subln_weight_kept_among_the_sums", "subln_swiglu", "keep_param<W>(sums, p.weight",
         "keep_param<W>(0, p.weight"),
+    in_mlp("subln_bias_sums_at_the_weights", "partials + i * F", "partials + i / 2 * F"),
+    in_mlp("subln_hidden_without_bias", "x[i] += b[i];", "x[i] += 0.f;"),
+    in_mlp("subln_up_bias_sums_are_the_gates", "return sum + u[i];", "return sum + g[i];"),
+    in_mlp("subln_padding_of_dgate_left", "* p.dgate_stride, cols, g);", "* p.dgate_stride, F, g);"),
     row("subln_statistics_by_all_threads_of_the_next_row", "subln_swiglu", "p.mean[row] = s.mean;",
         "p.mean[row ^ 1] = s.mean;"),
     Mutant("silu_slope_sign", "common/activations.cuh", "s + value * (1.f - s)", "s - value * (1.f - s)", "swiglu",
@@ -187,6 +196,27 @@ MUTANTS = (
             "hidden_gradient"),
     product("column_sums_of_one_warp", "Tile::kWarpsM + warp % Tile::kWarpsM) * 2 * N", "Tile::kWarpsM) * 2 * N",
             "swiglu_mlp", "hidden_gradient"),
+    product("row_sums_of_half_the_rows", "row_sums[m][2 * half]", "row_sums[m][0]", "linear", "weight_gradient"),
+    epilogue("weight_gradient_runs_into_the_next", "weight_gradient",
+             "if (part.weight == nullptr || at < 0 || at >= part.rows) continue;",
+             "if (part.weight == nullptr || at < 0) continue;", "qkv_rope"),
+    epilogue("weight_gradient_bias_at_the_products_row", "weight_gradient", "store_param(part.bias, at, sum)",
+             "store_param(part.bias, row, sum)", "qkv_rope"),
+    epilogue("project_parts_k_over_q", "project_parts", "if (part > 0) first += p.widths[0];", "", "qkv_rope"),
+    product("project_parts_tiles_run_on", "(within / height - part.first_tile) * kTileN", "within / height * kTileN",
+            "qkv_rope", "project_parts"),
+    epilogue("activate_without_the_norms_weight", "activate", "up[i] *= norm_weight[i];", "up[i] *= 1.f;",
+             "swiglu_mlp"),
+    epilogue("activate_squares_of_padding", "activate", "squares += i < n ?", "squares += i < kColumns ?",
+             "swiglu_mlp"),
+    epilogue("fold_norm_squares_of_pieces_alone", "fold_norm", "of.y + columns(i) * (of.x - mean) * (of.x - mean)",
+             "of.y", "swiglu_mlp"),
+    epilogue("fold_norm_every_piece_is_full", "fold_norm", "min(kNormPiece, F - i * kNormPiece)", "kNormPiece",
+             "swiglu_mlp"),
+    epilogue("fold_norm_without_the_norms_bias", "fold_norm", "shift += w[i] * norm_bias[i];", "", "swiglu_mlp"),
+    epilogue("fold_norm_sums_meet", "fold_norm", "  __syncthreads();  // the next sum may write again\n", "",
+             "swiglu_mlp"),
+    epilogue("project_normed_without_the_mean", "gemm_cuda", "y[i] - mean * weight_sums[i]", "y[i]", "swiglu_mlp"),
     epilogue("project_without_bias", "gemm_cuda", "(y[i] + bias[i])", "y[i]", "linear"),
     epilogue("project_row_scale_of_sample_0", "gemm_cuda", "p.row_scale[row / p.rows_per_sample]", "p.row_scale[0]",
              "linear"),

@@ -100,3 +100,26 @@ def test_an_aligned_product_moves_whole_sectors_without_bank_conflicts():
     assert c.global_load_sectors * 32 <= 1.05 * c.global_load_bytes
     assert c.global_store_sectors * 32 == c.global_store_bytes == 2 * x.numel()
     assert c.wavefronts <= 1.1 * c.ideal_wavefronts
+
+
+def _subln_mlp(gate, up, hidden=200, dtype=torch.float32):
+    """Arguments of swiglu_mlp whose gates and ups are about ``gate`` and ``up``, with a sub-LN."""
+    args = (_randn(37, 16), _randn(hidden, 16, scale=0.1), torch.full((hidden,), gate),
+            _randn(hidden, 16, scale=0.1) + 0.01, torch.full((hidden,), up), _randn(24, hidden, scale=0.07), _randn(24),
+            1 + 0.1 * _randn(hidden), 0.1 * _randn(hidden))  # fmt: skip
+    return [a.to(dtype) for a in args]
+
+
+def test_a_norm_in_the_product_behind_it_bears_a_large_mean():
+    """Rows whose mean is 20 deviations: squares about zero would leave 4 digits of the variance fewer."""
+    args = _subln_mlp(8.0, 8.0)
+    with executing("simulator"), nan_filled_memory():
+        found = _gradients("swiglu_mlp", args, {}, "cuda")
+    exact = _gradients("swiglu_mlp", [a.double() for a in args], {}, "eager")
+    assert max(accuracy.measure_error(f, e).rms for f, e in zip(found, exact, strict=True)) < 2e-5
+
+
+def test_a_hidden_layer_beyond_float16_is_normalised():
+    args = _subln_mlp(300.0, 300.0, dtype=torch.float16)
+    with executing("simulator"), nan_filled_memory():
+        assert torch.isfinite(eva02_kernels.swiglu_mlp(*args, backend="cuda")).all()

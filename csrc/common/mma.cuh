@@ -83,6 +83,15 @@ __device__ uint32_t packed(float low, float high) {
   }
 }
 
+// Ones in a register of operands.
+template <class T>
+__device__ uint32_t two_ones() {
+  if constexpr (sizeof(T) == 4)
+    return __float_as_uint(1.f);
+  else
+    return packed<T>(1.f, 1.f);
+}
+
 // ---- products -------------------------------------------------------------------------------------------------------
 __device__ inline uint32_t tf32_of(float x) {
   uint32_t r;

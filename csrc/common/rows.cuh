@@ -337,14 +337,15 @@ inline int row_ctas(int64_t rows, int threads) {
   return static_cast<int>(rows < resident ? rows : resident);
 }
 
-// CTAs where each sums its rows into partial sums of its own: few enough that these are 1/8 of the rows they come from.
+// CTAs where each sums its rows into partial sums of its own: few enough that these are 1/16 of the 16-bit rows they
+// come from.
 inline int summing_ctas(int64_t rows, int threads) {
-  const int64_t few = ceil_div<int64_t>(rows, 16);
+  const int64_t few = ceil_div<int64_t>(rows, 32);
   const int ctas = row_ctas(rows, threads);
   return static_cast<int>(few < ctas ? few : ctas);
 }
 
-// Starts a kernel that keeps `own` floats, three at most, for each of its columns.
+// Starts a kernel that keeps `own` floats for each of its columns: three for as many columns as a row can have.
 template <class Params, class... More>
 const char* launch_rows(void (*kernel)(Params, More...), const Params& p, int ctas, int threads, int own,
                         const Device& device, More... more) {

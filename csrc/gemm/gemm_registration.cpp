@@ -36,12 +36,10 @@ Product product_of(const OptTensor& a, const OptTensor& b, const OptTensor& b2, 
   p.N = b->size(1);
   const Order in_a = order_of(a->stride(1), p.K, a->stride(0), p.rows);
   const Order in_b = order_of(b->stride(0), p.K, b->stride(1), p.N);
-  p.a.k_contiguous = in_a.k && (in_b.k || in_b.outer);
-  p.b.k_contiguous = p.a.k_contiguous && in_b.k;
-  STD_TORCH_CHECK(p.a.k_contiguous || (in_a.outer && in_b.outer),
-                  "product: expected a (rows, K) with b (N, K) or (K, N), or a (K, rows) with b (K, N)");
+  p.b.k_contiguous = in_b.k;
+  STD_TORCH_CHECK(in_a.k && (in_b.k || in_b.outer), "product: expected a (rows, K) with b (N, K) or (K, N)");
   p.a.data = ptr(a);
-  p.a.stride = a->stride(p.a.k_contiguous ? 0 : 1);
+  p.a.stride = a->stride(0);
   p.b.data = ptr(b);
   p.b.stride = b->stride(p.b.k_contiguous ? 1 : 0);
   p.b2 = p.b;
@@ -70,7 +68,8 @@ void project(OptTensor a, OptTensor b, OptTensor values, OptTensor bias, OptTens
 }
 
 void activate(OptTensor a, OptTensor w_gate, OptTensor w_up, OptTensor gate_values, OptTensor up_values,
-              OptTensor b_gate, OptTensor b_up, bool tf32, OptTensor gate, OptTensor up, OptTensor hidden) {
+              OptTensor b_gate, OptTensor b_up, OptTensor norm_weight, bool tf32, OptTensor gate, OptTensor up,
+              OptTensor hidden, OptTensor pieces) {
   const Tensor& like = gate_values.has_value() ? *gate_values : *a;
   STD_TORCH_CHECK(!w_up.has_value() || w_up->stride(1) == w_gate->stride(1),
                   "w_up: expected the row stride of w_gate, ", w_gate->stride(1), ", found ", w_up->stride(1));
@@ -81,8 +80,106 @@ void activate(OptTensor a, OptTensor w_gate, OptTensor w_up, OptTensor gate_valu
                 .up = ptr(up),
                 .hidden = ptr(hidden),
                 .gate_stride = row_stride(gate),
-                .hidden_stride = row_stride(hidden)},
+                .hidden_stride = row_stride(hidden),
+                .norm_weight = param_of(norm_weight, "norm_weight"),
+                .pieces = ptr_as<float>(pieces)},
                target_of(like));
+}
+
+void fold_norm(Tensor pieces, Tensor norm_weight, OptTensor norm_bias, double eps, Tensor weight, OptTensor bias,
+               Tensor mean, Tensor rstd, Tensor weight_sums, Tensor shift) {
+  run_fold_norm({.dtype = dtype_of(weight, "weight"),
+                 .pieces = ptr_as<const float>(pieces),
+                 .norm_weight = param_of(norm_weight, "norm_weight"),
+                 .norm_bias = param_of(norm_bias, "norm_bias"),
+                 .bias = param_of(bias, "bias"),
+                 .weight = ptr(weight),
+                 .eps = static_cast<float>(eps),
+                 .mean = ptr_as<float>(mean),
+                 .rstd = ptr_as<float>(rstd),
+                 .weight_sums = ptr_as<float>(weight_sums),
+                 .shift = ptr_as<float>(shift),
+                 .rows = mean.size(0),
+                 .F = norm_weight.size(0),
+                 .N = weight.size(0),
+                 .weight_stride = weight.stride(0)},
+                target_of(weight));
+}
+
+void project_normed(Tensor a, Tensor b, Tensor mean, Tensor rstd, Tensor weight_sums, Tensor shift, OptTensor residual,
+                    OptTensor layer_scale, OptTensor row_scale, bool tf32, Tensor out) {
+  const Product product = product_of(a, b, {}, {}, {}, a, tf32);
+  STD_TORCH_CHECK(product.b.k_contiguous, "b: expected (K, N) with contiguous columns");
+  run_project_normed({.project = {.product = product,
+                                  .bias = param_of(shift, "shift"),
+                                  .layer_scale = param_of(layer_scale, "layer_scale"),
+                                  .row_scale = ptr_as<const float>(row_scale),
+                                  .rows_per_sample = rows_per_sample(row_scale, out.size(0)),
+                                  .residual = ptr(residual),
+                                  .out = ptr(out),
+                                  .out_float32 = dtype_of(out, "out") == DType::f32,
+                                  .residual_stride = row_stride(residual),
+                                  .out_stride = out.stride(0)},
+                      .mean = ptr_as<const float>(mean),
+                      .rstd = ptr_as<const float>(rstd),
+                      .weight_sums = ptr_as<const float>(weight_sums)},
+                     target_of(out));
+}
+
+void project_parts(Tensor a, Tensor w0, Tensor w1, Tensor w2, OptTensor b0, OptTensor b1, OptTensor b2, bool tf32,
+                   Tensor out) {
+  STD_TORCH_CHECK(w1.stride(0) == w0.stride(0) && w2.stride(0) == w0.stride(0), "weights: expected one row stride");
+  ProjectPartsParams p{};
+  p.product.dtype = dtype_of(a, "a");
+  p.product.tf32 = tf32;
+  p.product.rows = a.size(0);
+  p.product.K = a.size(1);
+  p.product.N = out.size(1);
+  p.product.a = {ptr(a), a.stride(0), true};
+  p.product.b = {ptr(w0), w0.stride(0), true};
+  const Tensor* const weights[] = {&w0, &w1, &w2};
+  const OptTensor* const biases[] = {&b0, &b1, &b2};
+  for (int i = 0; i < 3; ++i) {
+    p.weights[i] = ptr(*weights[i]);
+    p.widths[i] = weights[i]->size(0);
+    p.bias[i] = param_of(*biases[i], "bias");
+  }
+  p.out = ptr(out);
+  p.out_stride = out.stride(0);
+  run_project_parts(p, target_of(a));
+}
+
+// A part of dy's columns from `first` on, those of a weight or, without one, of a bias.
+WeightPart part_of_gradient(const OptTensor& weight, const OptTensor& bias, int64_t first) {
+  const bool has_weight = ptr(weight) != nullptr, has_bias = ptr(bias) != nullptr;
+  return {.weight = ptr(weight),
+          .bias = param_grad_of(bias, "bias"),
+          .first = first,
+          .rows = has_weight ? weight->size(0)
+                  : has_bias ? bias->size(0)
+                             : 0,
+          .stride = row_stride(weight)};
+}
+
+// dy (K, columns) and a (K, N).
+void weight_gradient(Tensor dy, Tensor a, bool tf32, std::vector<int64_t> first, OptTensor dw0, OptTensor dw1,
+                     OptTensor dw2, OptTensor db0, OptTensor db1, OptTensor db2) {
+  STD_TORCH_CHECK(first.size() == 3, "first: expected 3 columns, found ", first.size());
+  WeightGradientParams p{};
+  p.product.dtype = dtype_of(dy, "dy");
+  p.product.tf32 = tf32;
+  p.product.rows = dy.size(1);
+  p.product.K = dy.size(0);
+  p.product.N = a.size(1);
+  p.product.a = {ptr(dy), dy.stride(0), false};
+  p.product.b = {ptr(a), a.stride(0), false};
+  p.parts[0] = part_of_gradient(dw0, db0, first[0]);
+  p.parts[1] = part_of_gradient(dw1, db1, first[1]);
+  p.parts[2] = part_of_gradient(dw2, db2, first[2]);
+  for (const WeightPart& part : p.parts) p.sums_rows |= part.bias.data != nullptr;
+  for (const OptTensor& dw : {dw0, dw1, dw2})
+    if (ptr(dw) != nullptr) p.out_float32 = dtype_of(*dw, "dw") == DType::f32;
+  run_weight_gradient(p, target_of(dy));
 }
 
 void hidden_gradient(OptTensor a, OptTensor b, OptTensor values, Tensor gate, OptTensor up, bool tf32, Tensor dgate,
@@ -166,7 +263,20 @@ STABLE_TORCH_LIBRARY_FRAGMENT(eva02_kernels_C, m) {
         "row_scale, bool tf32, Tensor(a!) out) -> ()");
   m.def("activate" EVA02_TARGET
         "(Tensor? a, Tensor? w_gate, Tensor? w_up, Tensor? gate_values, Tensor? up_values, Tensor? b_gate, Tensor? "
-        "b_up, bool tf32, Tensor(a!)? gate, Tensor(b!)? up, Tensor(c!)? hidden) -> ()");
+        "b_up, Tensor? norm_weight, bool tf32, Tensor(a!)? gate, Tensor(b!)? up, Tensor(c!)? hidden, Tensor(d!)? "
+        "pieces) -> ()");
+  m.def("fold_norm" EVA02_TARGET
+        "(Tensor pieces, Tensor norm_weight, Tensor? norm_bias, float eps, Tensor weight, Tensor? bias, Tensor(a!) "
+        "mean, Tensor(b!) rstd, Tensor(c!) weight_sums, Tensor(d!) shift) -> ()");
+  m.def("project_normed" EVA02_TARGET
+        "(Tensor a, Tensor b, Tensor mean, Tensor rstd, Tensor weight_sums, Tensor shift, Tensor? residual, Tensor? "
+        "layer_scale, Tensor? row_scale, bool tf32, Tensor(a!) out) -> ()");
+  m.def("project_parts" EVA02_TARGET
+        "(Tensor a, Tensor w0, Tensor w1, Tensor w2, Tensor? b0, Tensor? b1, Tensor? b2, bool tf32, Tensor(a!) out) "
+        "-> ()");
+  m.def("weight_gradient" EVA02_TARGET
+        "(Tensor dy, Tensor a, bool tf32, int[] first, Tensor(a!)? dw0, Tensor(b!)? dw1, Tensor(c!)? dw2, "
+        "Tensor(d!)? db0, Tensor(e!)? db1, Tensor(f!)? db2) -> ()");
   m.def("hidden_gradient" EVA02_TARGET
         "(Tensor? a, Tensor? b, Tensor? values, Tensor gate, Tensor? up, bool tf32, Tensor(a!) dgate, Tensor(b!)? dup, "
         "Tensor(c!)? hidden, Tensor(d!)? db_gate, Tensor(e!)? db_up) -> ()");
@@ -184,6 +294,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(eva02_kernels_C, m) {
 STABLE_TORCH_LIBRARY_IMPL(eva02_kernels_C, EVA02_KEY, m) {
   m.impl("project" EVA02_TARGET, TORCH_BOX(&project));
   m.impl("activate" EVA02_TARGET, TORCH_BOX(&activate));
+  m.impl("fold_norm" EVA02_TARGET, TORCH_BOX(&fold_norm));
+  m.impl("project_normed" EVA02_TARGET, TORCH_BOX(&project_normed));
+  m.impl("project_parts" EVA02_TARGET, TORCH_BOX(&project_parts));
+  m.impl("weight_gradient" EVA02_TARGET, TORCH_BOX(&weight_gradient));
   m.impl("hidden_gradient" EVA02_TARGET, TORCH_BOX(&hidden_gradient));
   m.impl("project_rope" EVA02_TARGET, TORCH_BOX(&project_rope));
   m.impl("scale_and_sum" EVA02_TARGET, TORCH_BOX(&scale_and_sum));

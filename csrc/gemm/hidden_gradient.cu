@@ -18,7 +18,7 @@ namespace {
 template <class T, bool kGelu>
 struct HiddenGradient {
   using Params = HiddenGradientParams;
-  static constexpr bool kDual = false, kSums = true;
+  static constexpr bool kDual = false, kSums = true, kRowSums = false, kWholeWarps = false;
   const Params& p;
   int column, n;
 

@@ -221,9 +221,51 @@ struct OperandTile {
   }
 };
 
+__host__ __device__ inline const Product& product_of(const ProjectNormedParams& params) {
+  return params.project.product;
+}
+template <class Params>
+__host__ __device__ const Product& product_of(const Params& params) {
+  return params.product;
+}
+
+// Where the columns of B are: of parts that are apart, a tile is of one.
+struct ColumnPart {
+  const void *b, *b2;
+  int N, first_tile, index;
+};
+
+template <class Params>
+__host__ __device__ int column_tiles(const Params& params, int tile) {
+  if constexpr (std::is_same_v<Params, ProjectPartsParams>) {
+    int64_t tiles = 0;
+    for (const int64_t width : params.widths) tiles += ceil_div<int64_t>(width, tile);
+    return static_cast<int>(tiles);
+  } else {
+    return static_cast<int>(ceil_div<int64_t>(product_of(params).N, tile));
+  }
+}
+
+// That of column tile `at`.
+template <class Params>
+__device__ ColumnPart column_part(const Params& params, int tile, int at) {
+  if constexpr (std::is_same_v<Params, ProjectPartsParams>) {
+    const int width0 = static_cast<int>(params.widths[0]), width1 = static_cast<int>(params.widths[1]);
+    const int end0 = ceil_div(width0, tile), end1 = end0 + ceil_div(width1, tile);
+    if (at < end0) return {params.weights[0], nullptr, width0, 0, 0};
+    if (at < end1) return {params.weights[1], nullptr, width1, end0, 1};
+    return {params.weights[2], nullptr, static_cast<int>(params.widths[2]), end1, 2};
+  } else {
+    const Product& p = product_of(params);
+    return {p.b.data, p.b2.data, static_cast<int>(p.N), 0, 0};
+  }
+}
+
 // ---- kernels --------------------------------------------------------------------------------------------------------
 // An Epilogue is made of its parameters and of a thread's first column, and called with a row and 8 columns of the
-// product; kDual: of both products. Column sums of what a call leaves in its arguments go to partial sums, if kSums.
+// product; kDual: of both products; kWholeWarps: by every lane, for rows and columns beyond the last too. Column sums
+// of what a call leaves in its arguments go to partial sums, if kSums; sums of A's rows over k to store_row_sum, if
+// kRowSums.
 template <class T, bool kTf32, bool kAK, bool kBK, class Tile, class Epilogue>
 __global__ void __launch_bounds__(kProductThreads, kTf32 ? Tile::kCtas : 3)
     product_kernel(const __grid_constant__ typename Epilogue::Params params, float* sums) {
@@ -233,17 +275,18 @@ __global__ void __launch_bounds__(kProductThreads, kTf32 ? Tile::kCtas : 3)
   using A = OperandTile<T, kAK, Tile::kM>;
   using B = OperandTile<T, kBK, Tile::kN, kDual>;
   extern __shared__ __align__(128) char shared[];
-  const Product& p = params.product;
-  const int rows = static_cast<int>(p.rows), N = static_cast<int>(p.N), K = static_cast<int>(p.K);
+  const Product& p = product_of(params);
+  const int rows = static_cast<int>(p.rows), K = static_cast<int>(p.K);
 
-  const int tiles_m = ceil_div(rows, Tile::kM), tiles_n = ceil_div(N, kTileN);
+  const int tiles_m = ceil_div(rows, Tile::kM), tiles_n = column_tiles(params, kTileN);
   const int group = static_cast<int>(blockIdx.x) / (kGroupRows * tiles_n), within = blockIdx.x % (kGroupRows * tiles_n);
   const int height = min(kGroupRows, tiles_m - group * kGroupRows);
   const int tile_m = group * kGroupRows + within % height;
-  const int first_row = tile_m * Tile::kM, first_column = within / height * kTileN;
+  const ColumnPart part = column_part(params, kTileN, within / height);
+  const int first_row = tile_m * Tile::kM, first_column = (within / height - part.first_tile) * kTileN, N = part.N;
 
   A a_tile({p.a.data, nullptr, p.a.stride, first_row, rows}, K);
-  B b_tile({p.b.data, p.b2.data, p.b.stride, first_column, N}, K);
+  B b_tile({part.b, part.b2, p.b.stride, first_column, N}, K);
   const int steps = ceil_div(K, A::kStep);
   const auto load = [&](int step) {
     char* stage = shared + step % kStages * Tile::kStageBytes;
@@ -258,6 +301,9 @@ __global__ void __launch_bounds__(kProductThreads, kTf32 ? Tile::kCtas : 3)
   const int warp_m = warp % Tile::kWarpsM * Tile::kWarpM, warp_n = warp / Tile::kWarpsM * Tile::kWarpN;
   const uint32_t a_fragment = A::fragment_a(warp_m), b_fragment = B::fragment_b(warp_n);
   float acc[kMTiles][kNTiles][4] = {};
+  float row_sums[Epilogue::kRowSums ? kMTiles : 1][4] = {};
+  bool sums_rows = false;
+  if constexpr (Epilogue::kRowSums) sums_rows = first_column == 0 && warp_n == 0 && params.sums_rows;
 #pragma unroll
   for (int step = 0; step < kStages - 1; ++step) load(step);
   for (int step = 0; step < steps; ++step) {
@@ -270,6 +316,13 @@ __global__ void __launch_bounds__(kProductThreads, kTf32 ? Tile::kCtas : 3)
       uint32_t a[kMTiles][4];
 #pragma unroll
       for (int m = 0; m < kMTiles; ++m) A::template load_fragment<true>(a[m], stage, a_fragment, m * 16, k);
+      if constexpr (Epilogue::kRowSums) {
+        if (sums_rows) {
+          const uint32_t ones[2] = {two_ones<T>(), two_ones<T>()};
+#pragma unroll
+          for (int m = 0; m < kMTiles; ++m) mma<T, false>(row_sums[m], a[m], ones);
+        }
+      }
 #pragma unroll
       for (int n = 0; n < kNTiles; n += 2) {
         uint32_t b[4];
@@ -287,7 +340,12 @@ __global__ void __launch_bounds__(kProductThreads, kTf32 ? Tile::kCtas : 3)
 #pragma unroll
   for (int n = 0; n < kNTiles; n += kDual ? kNTiles : 4) {
     const int column = first_column + (kDual ? warp_n / 2 : warp_n + n * 8) + lane % 4 * kColumns;
-    const Epilogue epilogue(params, column, N - column);
+    const Epilogue epilogue = [&] {
+      if constexpr (std::is_same_v<typename Epilogue::Params, ProjectPartsParams>)
+        return Epilogue(params, column, N - column, part.index);
+      else
+        return Epilogue(params, column, N - column);
+    }();
     float total[2][kColumns] = {};
 #pragma unroll
     for (int m = 0; m < kMTiles; ++m) {
@@ -304,9 +362,13 @@ __global__ void __launch_bounds__(kProductThreads, kTf32 ? Tile::kCtas : 3)
           }
           exchange_columns(v[product]);
         }
-        if (row >= rows || column >= N) continue;
         auto& y = reinterpret_cast<float (&)[kColumns]>(v[0]);
         auto& y2 = reinterpret_cast<float (&)[kColumns]>(v[1]);
+        if constexpr (Epilogue::kWholeWarps) {
+          epilogue(row, y, y2);
+          continue;
+        }
+        if (row >= rows || column >= N) continue;
         epilogue(row, y, y2);
         if constexpr (Epilogue::kSums) {
 #pragma unroll
@@ -333,13 +395,24 @@ __global__ void __launch_bounds__(kProductThreads, kTf32 ? Tile::kCtas : 3)
       }
     }
   }
+  if constexpr (Epilogue::kRowSums) {
+    if (!sums_rows || lane % 4 != 0) return;
+#pragma unroll
+    for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = first_row + warp_m + m * 16 + half * 8 + lane / 4;
+        if (row < rows) Epilogue::store_row_sum(params, row, row_sums[m][2 * half]);
+      }
+    }
+  }
 }
 
 // The epilogue alone, of products that are in memory: a thread for 8 columns of a row.
 template <class T, class Epilogue>
 __global__ void __launch_bounds__(kProductThreads)
     epilogue_kernel(const __grid_constant__ typename Epilogue::Params params) {
-  const Product& p = params.product;
+  const Product& p = product_of(params);
   const int64_t pieces = ceil_div<int64_t>(p.N, kColumns);
   const int64_t place = static_cast<int64_t>(blockIdx.x) * kProductThreads + threadIdx.x;
   const int64_t row = place / pieces, column = place % pieces * kColumns;
@@ -372,11 +445,11 @@ inline int64_t sum_parts(const Product& p, bool dual) {
 
 template <class T, bool kTf32, bool kAK, bool kBK, class Tile, class Epilogue>
 const char* launch_product(const typename Epilogue::Params& params, float* sums, const Device& device) {
-  const Product& p = params.product;
+  const Product& p = product_of(params);
   const auto kernel = product_kernel<T, kTf32, kAK, kBK, Tile, Epilogue>;
   if (Tile::kBytes > 48 * 1024) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kBytes);
-  const int64_t columns = Epilogue::kDual ? Tile::kN / 2 : Tile::kN;
-  const int64_t tiles = ceil_div<int64_t>(p.rows, Tile::kM) * ceil_div<int64_t>(p.N, columns);
+  const int64_t tiles =
+      ceil_div<int64_t>(p.rows, Tile::kM) * column_tiles(params, Epilogue::kDual ? Tile::kN / 2 : Tile::kN);
   kernel<<<static_cast<unsigned>(tiles), kProductThreads, Tile::kBytes, stream_of(device)>>>(params, sums);
   return launch_error();
 }
@@ -384,7 +457,7 @@ const char* launch_product(const typename Epilogue::Params& params, float* sums,
 // Multiply as the operands lie, or finish a product that is known.
 template <class T, bool kAK, bool kBK, template <class> class Epilogue, class Params>
 const char* run_product(const Params& params, float* sums, const Device& device) {
-  const Product& p = params.product;
+  const Product& p = product_of(params);
   if (p.rows == 0 || p.N == 0) return nullptr;
   if (p.rows > INT32_MAX || p.N > INT32_MAX || p.K > INT32_MAX) return kProductTooLarge;
   if (p.values != nullptr) {

@@ -44,6 +44,56 @@ struct ActivateParams {
   Param gate_bias, up_bias;
   void *gate, *up, *hidden;  // any may be nullptr
   int64_t gate_stride, hidden_stride;
+  // For a LayerNorm of silu(gate) * up that the next product takes in (FoldNormParams): hidden is multiplied by its
+  // weight, and pieces are (ceil(N / kNormPiece), rows, 2): the mean of a row's columns, and the squares about it.
+  Param norm_weight;
+  float* pieces;
+};
+
+constexpr int kNormPiece = 32;
+
+// What a product with W takes a LayerNorm of its rows h in by, from h * norm_weight: with weight_sums = W norm_weight
+// and shift = W norm_bias + bias, W LayerNorm(h) + bias = rstd * (W (h * norm_weight) - mean * weight_sums) + shift.
+struct FoldNormParams {
+  DType dtype;  // of weight (N, F)
+  const float* pieces;
+  Param norm_weight, norm_bias, bias;
+  const void* weight;
+  float eps;
+  float *mean, *rstd, *weight_sums, *shift;
+  int64_t rows, F, N;
+  int64_t weight_stride;
+};
+
+// As ProjectParams, whose bias is the shift.
+struct ProjectNormedParams {
+  ProjectParams project;
+  const float *mean, *rstd, *weight_sums;
+};
+
+// out = A B + bias for three weights (and biases) that are apart, whose columns follow one another in out; `b` is the
+// first's, `N` of all.
+struct ProjectPartsParams {
+  Product product;
+  const void* weights[3];
+  Param bias[3];
+  int64_t widths[3];
+  void* out;
+  int64_t out_stride;
+};
+
+// Gradients of the weights (and biases) of projections of one input, from product = dy^T a: rows first ... of the
+// product are those of a part's weight, sums of dy those of its bias.
+struct WeightPart {
+  void* weight;    // nullptr: not wanted
+  ParamGrad bias;  // as here
+  int64_t first, rows, stride;
+};
+struct WeightGradientParams {
+  Product product;
+  WeightPart parts[3];
+  bool sums_rows;    // whether any bias is wanted
+  bool out_float32;  // beside 16-bit operands
 };
 
 // For y, the gradient of hidden as ActivateParams has it: dgate, dup (without up: of a GELU) and hidden again; rows are
@@ -97,6 +147,10 @@ struct LayerScaleGradientParams {
 
 EVA02_LAUNCHER(run_project, ProjectParams)
 EVA02_LAUNCHER(run_activate, ActivateParams)
+EVA02_LAUNCHER(run_fold_norm, FoldNormParams)
+EVA02_LAUNCHER(run_project_normed, ProjectNormedParams)
+EVA02_LAUNCHER(run_project_parts, ProjectPartsParams)
+EVA02_LAUNCHER(run_weight_gradient, WeightGradientParams)
 EVA02_LAUNCHER(run_hidden_gradient, HiddenGradientParams)
 EVA02_LAUNCHER(run_project_rope, ProjectRopeParams)
 EVA02_LAUNCHER(run_scale_and_sum, ScaleAndSumParams)

@@ -13,7 +13,7 @@ namespace {
 template <class T>
 struct ProjectRope {
   using Params = ProjectRopeParams;
-  static constexpr bool kDual = false, kSums = false;
+  static constexpr bool kDual = false, kSums = false, kRowSums = false, kWholeWarps = false;
   const Params& p;
   int column, n;
   float bias[kColumns];

@@ -27,7 +27,21 @@ struct SublnSwigluBwdParams {
   int64_t dout_stride, gate_stride, up_stride, dgate_stride, dup_stride;
 };
 
+// The same inside an MLP, with the normalised hidden layer again and the column sums of dgate and dup, the gradients of
+// the projections' biases. dgate, dup and hidden have `cols` columns, those beyond F become zero; all rows are aligned
+// to 16 bytes.
+struct SublnHiddenGradientParams {
+  SublnSwigluBwdParams bwd;
+  Param bias;
+  void* hidden;                  // may be nullptr
+  ParamGrad gate_sums, up_sums;  // as may these
+  int64_t cols, hidden_stride;
+};
+
 }  // namespace eva02
 
 EVA02_LAUNCHER(run_subln_swiglu_fwd, SublnSwigluFwdParams)
 EVA02_LAUNCHER(run_subln_swiglu_bwd, SublnSwigluBwdParams)
+#if defined(EVA02_CUDA)
+EVA02_LAUNCHER(run_subln_hidden_gradient, SublnHiddenGradientParams)
+#endif

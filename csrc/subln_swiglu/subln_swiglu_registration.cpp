@@ -48,6 +48,39 @@ void subln_swiglu_bwd(Tensor dout, Tensor gate, Tensor up, Tensor weight, Tensor
                        target_of(dout));
 }
 
+#if defined(EVA02_CUDA)
+// dgate, dup and hidden are (rows, cols), F columns of which are those of weight.
+void subln_hidden_gradient(Tensor dout, Tensor gate, Tensor up, Tensor weight, OptTensor bias, Tensor mean, Tensor rstd,
+                           Tensor dgate, Tensor dup, OptTensor hidden, OptTensor dweight, OptTensor dbias,
+                           OptTensor db_gate, OptTensor db_up) {
+  run_subln_hidden_gradient({.bwd = {.dtype = dtype_of(gate, "gate"),
+                                     .dout = ptr(dout),
+                                     .gate = ptr(gate),
+                                     .up = ptr(up),
+                                     .weight = param_of(weight, "weight"),
+                                     .mean = ptr_as<float>(mean),
+                                     .rstd = ptr_as<float>(rstd),
+                                     .dgate = ptr(dgate),
+                                     .dup = ptr(dup),
+                                     .dweight = param_grad_of(dweight, "dweight"),
+                                     .dbias = param_grad_of(dbias, "dbias"),
+                                     .rows = gate.size(0),
+                                     .F = weight.size(0),
+                                     .dout_stride = dout.stride(0),
+                                     .gate_stride = gate.stride(0),
+                                     .up_stride = up.stride(0),
+                                     .dgate_stride = dgate.stride(0),
+                                     .dup_stride = dup.stride(0)},
+                             .bias = param_of(bias, "bias"),
+                             .hidden = ptr(hidden),
+                             .gate_sums = param_grad_of(db_gate, "db_gate"),
+                             .up_sums = param_grad_of(db_up, "db_up"),
+                             .cols = dgate.size(1),
+                             .hidden_stride = row_stride(hidden)},
+                            target_of(dout));
+}
+#endif
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(eva02_kernels_C, m) {
@@ -57,11 +90,20 @@ STABLE_TORCH_LIBRARY_FRAGMENT(eva02_kernels_C, m) {
   m.def("subln_swiglu_bwd" EVA02_TARGET
         "(Tensor dout, Tensor gate, Tensor up, Tensor weight, Tensor mean, Tensor rstd, "
         "Tensor(a!)? dgate, Tensor(b!)? dup, Tensor(c!)? dweight, Tensor(d!)? dbias) -> ()");
+#if defined(EVA02_CUDA)
+  m.def("subln_hidden_gradient" EVA02_TARGET
+        "(Tensor dout, Tensor gate, Tensor up, Tensor weight, Tensor? bias, Tensor mean, Tensor rstd, "
+        "Tensor(a!) dgate, Tensor(b!) dup, Tensor(c!)? hidden, Tensor(d!)? dweight, Tensor(e!)? dbias, "
+        "Tensor(f!)? db_gate, Tensor(g!)? db_up) -> ()");
+#endif
 }
 
 STABLE_TORCH_LIBRARY_IMPL(eva02_kernels_C, EVA02_KEY, m) {
   m.impl("subln_swiglu_fwd" EVA02_TARGET, TORCH_BOX(&subln_swiglu_fwd));
   m.impl("subln_swiglu_bwd" EVA02_TARGET, TORCH_BOX(&subln_swiglu_bwd));
+#if defined(EVA02_CUDA)
+  m.impl("subln_hidden_gradient" EVA02_TARGET, TORCH_BOX(&subln_hidden_gradient));
+#endif
 }
 
 }  // namespace eva02

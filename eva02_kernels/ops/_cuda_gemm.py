@@ -10,8 +10,16 @@ from torch import Tensor
 
 from eva02_kernels import _launch, _triton
 from eva02_kernels._native import CUDA as lib
-from eva02_kernels.ops._common import contiguous, present
-from eva02_kernels.ops._products import by_torch, by_torch_float32, gate_and_up, padded_columns
+from eva02_kernels.ops._common import contiguous
+from eva02_kernels.ops._products import (
+    HiddenNorm,
+    Part,
+    by_torch,
+    gate_and_up,
+    padded_columns,
+    weight_gradient_float32_by_torch,
+    weight_gradients_by_torch,
+)
 from eva02_kernels.ops.apply_rope import native as apply_rope
 
 
@@ -40,10 +48,21 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, add: Tensor | None = None) -> Te
     return by_torch(a, b, out, add)
 
 
-def multiply_float32(a: Tensor, b: Tensor) -> Tensor:
+def weight_gradients(dy: Tensor, a: Tensor | None, parts: Sequence[Part]) -> None:
+    if a is None or not fused(dy) or all(p.weight is None for p in parts):
+        weight_gradients_by_torch(dy, a, parts, scale_and_sum)
+        return
+    filled = (*parts, *(Part(0, None, None),) * (3 - len(parts)))
+    first, weights, biases = zip(*filled, strict=True)
+    lib.weight_gradient(dy, a, _tf32(dy), first, *weights, *biases)
+
+
+def weight_gradient_float32(dy: Tensor, a: Tensor) -> Tensor:
     if not fused(a):
-        return by_torch_float32(a, b)
-    return multiply(a, b, torch.empty(a.shape[0], b.shape[1], dtype=torch.float32, device=a.device))
+        return weight_gradient_float32_by_torch(dy, a)
+    out = torch.empty(dy.shape[1], a.shape[1], dtype=torch.float32, device=a.device)
+    weight_gradients(dy, a, [Part(0, out, None)])
+    return out
 
 
 def project(
@@ -51,6 +70,13 @@ def project(
     residual: Tensor | None, out: Tensor,
 ) -> None:  # fmt: skip
     _project(a, weight.t(), None, out, bias=bias, residual=residual, layer_scale=layer_scale, row_scale=row_scale)
+
+
+def project_parts(a: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], out: Tensor) -> bool:
+    if len({w.stride(0) for w in weights}) > 1:
+        return False
+    lib.project_parts(a, *weights, *biases, _tf32(a), out)
+    return True
 
 
 def finish(
@@ -62,16 +88,32 @@ def finish(
 
 def activate(
     a: Tensor, w_gate: Tensor, w_up: Tensor | None, b_gate: Tensor | None, b_up: Tensor | None, kept: Tensor | None,
-    hidden: Tensor | None,
-) -> None:  # fmt: skip
+    hidden: Tensor | None, norm_weight: Tensor | None = None,
+) -> Tensor | None:  # fmt: skip
     gate, up = gate_and_up(kept)
-    w_up = None if w_up is None else w_up.t()
-    lib.activate(a, w_gate.t(), w_up, None, None, *contiguous(b_gate, b_up), _tf32(a), gate, up, hidden)
+    pieces = None
+    if norm_weight is not None:  # of 32 columns of a row: their mean, and the squares about it
+        size = ((norm_weight.numel() + 31) // 32, a.shape[0], 2)
+        pieces = torch.empty(size, dtype=torch.float32, device=a.device)
+    lib.activate(a, w_gate.t(), None if w_up is None else w_up.t(), None, None, *contiguous(b_gate, b_up, norm_weight),
+                 _tf32(a), gate, up, hidden, pieces)  # fmt: skip
+    return pieces
+
+
+def project_normed(
+    hidden: Tensor, rows: Tensor, norm: HiddenNorm, weight: Tensor, bias: Tensor | None, layer_scale: Tensor | None,
+    row_scale: Tensor | None, residual: Tensor | None, out: Tensor,
+) -> None:  # fmt: skip
+    weight_sums, shift = torch.empty(2, weight.shape[0], dtype=torch.float32, device=out.device)
+    lib.fold_norm(rows, *contiguous(norm.weight, norm.bias), norm.eps, weight, *contiguous(bias), norm.mean, norm.rstd,
+                  weight_sums, shift)  # fmt: skip
+    lib.project_normed(hidden, weight.t(), norm.mean, norm.rstd, weight_sums, shift, residual,
+                       *contiguous(layer_scale, row_scale), _tf32(hidden), out)  # fmt: skip
 
 
 def activate_rows(kept: Tensor, hidden: Tensor, width: int) -> None:
     gate, up = (None if t is None else t[:, :width] for t in gate_and_up(kept))
-    lib.activate(None, None, None, gate, up, None, None, False, None, None, hidden)
+    lib.activate(None, None, None, gate, up, None, None, None, False, None, None, hidden, None)
 
 
 def hidden_gradient(
@@ -135,16 +177,9 @@ def subln_forward(
 
 def subln_backward(
     dout: Tensor, gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor, rstd: Tensor,
-    dgate: Tensor, dup: Tensor, needs: Sequence[bool], *, cols: int,
-) -> list[Tensor]:  # fmt: skip
-    width = weight.numel()
-    grads = [torch.empty(p.shape, dtype=p.dtype, device=p.device) if need and p is not None else None for p, need in
-             zip((weight, bias), needs, strict=True)]  # fmt: skip
-    rows = (t[:, :width] for t in (dout, gate, up))
-    lib.subln_swiglu_bwd(*rows, weight, mean, rstd, dgate[:, :width], dup[:, :width], *grads)
-    for d in (dgate, dup):
-        d[:, width:].zero_()
-    return present(grads)
+    dgate: Tensor, dup: Tensor, hidden: Tensor | None, grads: Sequence[Tensor | None],
+) -> None:  # fmt: skip
+    lib.subln_hidden_gradient(dout, gate, up, weight, *contiguous(bias), mean, rstd, dgate, dup, hidden, *grads)
 
 
 def rotate(x: Tensor, rope: Sequence[Any], *, inverse: bool, out: Tensor | None = None) -> Tensor:

@@ -9,13 +9,32 @@ that products run over the padded width with aligned rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from eva02_kernels.ops._common import empty_stats, padded
+
+
+class Part(NamedTuple):
+    """Of projections of one input, whose gradient dy is of all, those of dy's columns from ``first`` on: gradients of
+    their weight (columns, K) and bias (columns,), where wanted."""
+
+    first: int
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+class HiddenNorm(NamedTuple):
+    """LayerNorm of a hidden layer (F columns), and where its statistics go."""
+
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+    mean: Tensor
+    rstd: Tensor
 
 
 class Kernels(Protocol):
@@ -31,8 +50,13 @@ class Kernels(Protocol):
         """out = a b [+ a bias (N,) or a matrix]; a and b with rows or columns contiguous."""
 
     @staticmethod
-    def multiply_float32(a: Tensor, b: Tensor) -> Tensor:
-        """a b in float32, of 16-bit operands too."""
+    def weight_gradients(dy: Tensor, a: Tensor | None, parts: Sequence[Part]) -> None:
+        """Fill what is wanted of each part: weight = dy^T a and bias = column sums of dy, of the part's columns of dy.
+        ``a`` is for weights alone."""
+
+    @staticmethod
+    def weight_gradient_float32(dy: Tensor, a: Tensor) -> Tensor:
+        """dy^T a in float32, of 16-bit operands too."""
 
     @staticmethod
     def project(
@@ -40,6 +64,10 @@ class Kernels(Protocol):
         residual: Tensor | None, out: Tensor,
     ) -> None:  # fmt: skip
         """out = residual + row_scale * layer_scale * (a weight^T + bias)."""
+
+    @staticmethod
+    def project_parts(a: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], out: Tensor) -> bool:
+        """out = a W^T + b of three weights and biases, one behind the other; False where one launch does not do it."""
 
     @staticmethod
     def finish(
@@ -51,10 +79,19 @@ class Kernels(Protocol):
     @staticmethod
     def activate(
         a: Tensor, w_gate: Tensor, w_up: Tensor | None, b_gate: Tensor | None, b_up: Tensor | None,
-        kept: Tensor | None, hidden: Tensor | None,
-    ) -> None:  # fmt: skip
+        kept: Tensor | None, hidden: Tensor | None, norm_weight: Tensor | None = None,
+    ) -> Any:  # fmt: skip
         """kept (rows, 2, Fp) = gate and up, hidden (rows, Fp) = silu(gate) * up; without w_up kept (rows, 1, Fp) =
-        gate and hidden = gelu(gate)."""
+        gate and hidden = gelu(gate). With ``norm_weight`` hidden is multiplied by it and what :meth:`project_normed`
+        needs of the rows is returned."""
+
+    @staticmethod
+    def project_normed(
+        hidden: Tensor, rows: Any, norm: HiddenNorm, weight: Tensor, bias: Tensor | None, layer_scale: Tensor | None,
+        row_scale: Tensor | None, residual: Tensor | None, out: Tensor,
+    ) -> None:  # fmt: skip
+        """:meth:`project` of the LayerNorm of what :meth:`activate` made ``hidden`` and ``rows`` from; weight padded as
+        hidden is."""
 
     @staticmethod
     def activate_rows(kept: Tensor, hidden: Tensor, width: int) -> None:
@@ -114,9 +151,10 @@ class Kernels(Protocol):
     @staticmethod
     def subln_backward(
         dout: Tensor, gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor, rstd: Tensor,
-        dgate: Tensor, dup: Tensor, needs: Sequence[bool], *, cols: int,
-    ) -> list[Tensor]:  # fmt: skip
-        """Its gradients; returns those of weight and bias that are needed."""
+        dgate: Tensor, dup: Tensor, hidden: Tensor | None, grads: Sequence[Tensor | None],
+    ) -> None:  # fmt: skip
+        """Its gradients dgate and dup (rows, cols), its output again, and the gradients of its weight, its bias and the
+        biases of gate and up; the padding becomes zero."""
 
     @staticmethod
     def rotate(x: Tensor, rope: Sequence[Any], *, inverse: bool, out: Tensor | None = None) -> Tensor:
@@ -181,12 +219,24 @@ def by_torch(a: Tensor, b: Tensor, out: Tensor, add: Tensor | None = None) -> Te
     return torch.addmm(add.to(a.dtype), a, b, out=out)
 
 
-def by_torch_float32(a: Tensor, b: Tensor) -> Tensor:
-    """a b in float32, of 16-bit operands too."""
+def weight_gradients_by_torch(
+    dy: Tensor, a: Tensor | None, parts: Sequence[Part], scale_and_sum: Callable[..., None]
+) -> None:
+    """A product for each weight, a pass over dy for each bias."""
+    for first, weight, bias in parts:
+        if weight is not None:
+            assert a is not None
+            torch.mm(dy[:, first : first + weight.shape[0]].t(), a, out=weight)
+        if bias is not None:
+            scale_and_sum(dy[:, first : first + bias.shape[0]], sums=bias)
+
+
+def weight_gradient_float32_by_torch(dy: Tensor, a: Tensor) -> Tensor:
+    """dy^T a in float32, of 16-bit operands too."""
     if a.is_cuda and a.dtype != torch.float32 and torch.version.hip is None:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    out = torch.empty(a.shape[0], b.shape[1], dtype=torch.float32, device=a.device)
-    return torch.mm(a.float(), b.float(), out=out)
+        return torch.mm(dy.t(), a, out_dtype=torch.float32)
+    out = torch.empty(dy.shape[1], a.shape[1], dtype=torch.float32, device=a.device)
+    return torch.mm(dy.t().float(), a.float(), out=out)
 
 
 # ---- forward ---------------------------------------------------------------------------------------------------------
@@ -206,25 +256,39 @@ def project(
         on.finish(y, bias, layer_scale, row_scale, residual, out)
 
 
+def project_parts(
+    on: Kernels, a: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], out: Tensor
+) -> None:
+    """out = a W^T + b of weights and biases one behind the other."""
+    if not a.shape[0] or (len(weights) == 3 and on.fused(a) and on.project_parts(a, weights, biases, out)):
+        return
+    first = 0
+    for weight, bias in zip(weights, biases, strict=True):
+        project(on, a, weight, bias, out[:, first : first + weight.shape[0]])
+        first += weight.shape[0]
+
+
 def activate(
     on: Kernels, a: Tensor, w_gate: Tensor, b_gate: Tensor | None, w_up: Tensor | None, b_up: Tensor | None, *,
-    kept: Tensor | None, hidden: Tensor | None, gelu: bool = False,
-) -> None:  # fmt: skip
+    kept: Tensor | None, hidden: Tensor | None, gelu: bool = False, norm_weight: Tensor | None = None,
+) -> Any:  # fmt: skip
     """kept (rows, 2, Fp) = gate and up, hidden (rows, Fp) = silu(gate) * up; with ``gelu`` kept (rows, 1, Fp) = gate
-    and hidden = gelu(gate). Without w_up, w_gate is packed (or the only one). Either output may be None."""
+    and hidden = gelu(gate). Without w_up, w_gate is packed (or the only one). Either output may be None.
+
+    ``norm_weight``, where :func:`folds_norm`: see ``Kernels.activate``.
+    """
     rows, halves = a.shape[0], 1 if gelu else 2
     width = w_gate.shape[0] // (halves if w_up is None else 1)
     cols = padded(width)
     if not rows or not width:
-        return
+        return None
     if on.fused(a):
         if not gelu and w_up is None:
             w_gate, w_up = w_gate[:width], w_gate[width:]
             b_gate, b_up = (None, None) if b_gate is None else (b_gate[:width], b_gate[width:])
         elif w_up is not None and w_up.stride(0) != w_gate.stride(0):
             w_gate, w_up = w_gate.contiguous(), w_up.contiguous()
-        on.activate(a, w_gate, w_up, b_gate, b_up, kept, hidden)
-        return
+        return on.activate(a, w_gate, w_up, b_gate, b_up, kept, hidden, norm_weight)
     if kept is None:
         kept = torch.empty(rows, halves, cols, dtype=a.dtype, device=a.device)
     weight, bias = _stack_hidden(w_gate, w_up, halves), None
@@ -233,6 +297,15 @@ def activate(
     on.multiply(a, weight.t(), kept.view(rows, -1), bias)
     if hidden is not None:
         on.activate_rows(kept, hidden, width)
+    return None
+
+
+def folds_norm(on: Kernels, a: Tensor) -> bool:
+    """Whether the product behind a LayerNorm of silu(gate) * up takes it in, with a alike.
+
+    In float16 it does not: before it is normalised, silu(gate) * up may be beyond 65504.
+    """
+    return on.fused(a) and a.dtype != torch.float16
 
 
 def normed_input(
@@ -290,19 +363,17 @@ def hidden_weight_gradients(
 ) -> None:
     """dw_gate = dgate^T a and dw_up = dup^T a, where wanted; a packed dw_gate is of both."""
     rows, halves, cols = dkept.shape
-    if packed and dw_gate is not None:
-        if dw_gate.shape[0] == halves * cols:
-            on.multiply(dkept.view(rows, halves * cols).t(), a, dw_gate)
-            return
+    if packed and dw_gate is not None and dw_gate.shape[0] != halves * cols:
         dw_gate, dw_up = dw_gate.chunk(2)
-    for d, grad in zip(gate_and_up(dkept), (dw_gate, dw_up), strict=True):
-        if grad is not None and d is not None:
-            on.multiply(d[:, : grad.shape[0]].t(), a, grad)
+    parts = [Part(first, grad, None) for first, grad in ((0, dw_gate), (cols, dw_up)) if grad is not None]
+    if parts:
+        on.weight_gradients(dkept.view(rows, halves * cols), a, parts)
 
 
 # ---- gradients of an output projection -------------------------------------------------------------------------------
 class OutputGradient(NamedTuple):
-    """dy, the gradient of a product a W^T + b; that without the layer scale; the column sums of the latter."""
+    """dy, the gradient of a product a W^T + b; that without the layer scale; the column sums of the latter, where there
+    was a pass over it anyway."""
 
     dy: Tensor
     unscaled: Tensor
@@ -322,7 +393,7 @@ def output_gradient(
         dy = unscaled
     if layer_scale is not None:
         dy = scaled = torch.empty(dout.shape, dtype=dout.dtype, device=dout.device)
-    if bias is not None and (needs_bias or needs_scale):
+    if bias is not None and (needs_bias or needs_scale) and (layer_scale is not None or row_scaled is not None):
         dtype = bias.dtype if layer_scale is None else torch.float32
         sums = torch.empty(bias.shape, dtype=dtype, device=dout.device)
     if scaled is not None or row_scaled is not None or sums is not None:
@@ -344,17 +415,20 @@ def output_parameter_gradients(
     needs_weight, needs_bias, needs_scale = needs
     device = weight.device
     dweight = torch.empty(weight.shape, dtype=weight.dtype, device=device) if needs_weight else None
+    if layer_scale is None and gradient.sums is not None:
+        dbias = gradient.sums if needs_bias else None
+    else:
+        dbias = torch.empty(bias.shape, dtype=bias.dtype, device=device) if needs_bias and bias is not None else None
     if layer_scale is None:
-        if dweight is not None:
-            assert a is not None
-            on.multiply(gradient.dy.t(), a, dweight)
-        return dweight, gradient.sums if needs_bias else None, None
-    dbias = torch.empty(bias.shape, dtype=bias.dtype, device=device) if needs_bias and bias is not None else None
+        wanted = Part(0, dweight, None if gradient.sums is not None else dbias)
+        if wanted.weight is not None or wanted.bias is not None:
+            on.weight_gradients(gradient.dy, a, [wanted])
+        return dweight, dbias, None
     dscale = torch.empty(layer_scale.shape, dtype=layer_scale.dtype, device=device) if needs_scale else None
     product = None
     if needs_weight or needs_scale:
         assert a is not None
-        product = on.multiply_float32(gradient.unscaled.t(), a)
+        product = on.weight_gradient_float32(gradient.unscaled, a)
     if weight.shape[0] and (product is not None or dbias is not None):
         on.layer_scale_gradient(product, weight, bias, layer_scale, gradient.sums, dweight, dbias, dscale)
     return dweight, dbias, dscale

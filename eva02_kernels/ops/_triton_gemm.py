@@ -1,8 +1,9 @@
 """Matrix products of linear, swiglu_mlp, gelu_mlp and qkv_rope, with everything around them in their epilogue.
 
 Fused: bias, GELU, layer scale, row scale and residual in a product's epilogue; gate and up as one product over a shared
-tile of the input, with SwiGLU behind it; the activation's gradient behind the product that gives it, which recomputes
-the activation for the next product and sums its columns for the biases.
+tile of the input, with SwiGLU behind it, and a LayerNorm of that in the product that it meets; q, k and v as one
+launch; the activation's gradient behind the product that gives it, which recomputes the activation for the next product
+and sums its columns for the biases.
 Two routes (``_launch.fused_gemm``): fused as above, or torch.mm (cuBLAS) for the products and one Triton kernel over
 rows for what is around them. Products of backward that have nothing to fuse (weight gradients, input gradients) are
 torch.mm on either route; 16-bit ones are rounded once, and cuBLAS may add split sums in 16 bits where torch's
@@ -22,13 +23,22 @@ import triton.language as tl
 from torch import Tensor
 
 from eva02_kernels import _launch, _triton
-from eva02_kernels._launch import GROUP_ROWS, Choice, row_pieces
-from eva02_kernels.ops._common import padded
-from eva02_kernels.ops._products import by_torch, by_torch_float32, gate_and_up, padded_columns
+from eva02_kernels._launch import GROUP_ROWS, Choice, fold_norm, row_pieces
+from eva02_kernels.ops._common import contiguous, padded
+from eva02_kernels.ops._products import (
+    HiddenNorm,
+    Part,
+    by_torch,
+    gate_and_up,
+    padded_columns,
+    weight_gradient_float32_by_torch,
+    weight_gradients_by_torch,
+)
 from eva02_kernels.ops._triton_lib import (
     column_sums,
     dot,
     gelu_and_slope,
+    inverse_sqrt,
     row_offsets,
     scale_and_sum,
     silu_and_slope,
@@ -114,8 +124,8 @@ def column_halves(y):
 
 
 @triton.jit
-def add_columns(y, ptr, cols, N: tl.constexpr):
-    """y plus a parameter of the columns, where there is one."""
+def add_columns(y, ptr, cols, N):
+    """y plus a parameter of the first N columns, where there is one."""
     if ptr is not None:
         y += tl.load(ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
     return y
@@ -174,11 +184,24 @@ def _activation_gradient(
     return dgate, dup
 
 
+@triton.jit
+def _store_piece(hidden, rows, first, M, piece_ptr, N: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr):
+    """Store the mean of each row's columns from ``first`` on, those that exist, and the squares about it."""
+    keep = (first + tl.arange(0, WIDTH) < N)[None, :]
+    columns = tl.minimum(N - first, WIDTH)
+    mean = tl.sum(tl.where(keep, hidden, 0.0), 1) / tl.maximum(columns, 1).to(tl.float32)
+    centred = tl.where(keep, hidden - mean[:, None], 0.0)
+    at = piece_ptr + tl.cast(first // WIDTH, tl.int64) * M + rows
+    there = (rows < M) & (columns > 0)
+    tl.store(at, mean, mask=there)
+    tl.store(at + tl.cast(COUNT, tl.int64) * M, tl.sum(centred * centred, 1), mask=there)
+
+
 # ---- kernels ---------------------------------------------------------------------------------------------------------
 @triton.jit(do_not_specialize=["M", "rows_per_sample"])
 def _project_kernel(
-    a_ptr, b_ptr, bias_ptr, layer_scale_ptr, row_scale_ptr, residual_ptr, out_ptr, M, stride_a, stride_b,
-    stride_residual, stride_out, rows_per_sample,
+    a_ptr, b_ptr, bias_ptr, layer_scale_ptr, row_scale_ptr, residual_ptr, out_ptr, mean_ptr, rstd_ptr, weight_sum_ptr,
+    M, stride_a, stride_b, stride_residual, stride_out, rows_per_sample,
     N: tl.constexpr, COLS: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -190,9 +213,44 @@ def _project_kernel(
     halves = column_halves(y)
     for half in tl.static_range(2):
         cols = tile_n * BLOCK_N + half * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
-        y = add_columns(halves[half], bias_ptr, cols, N)
+        y = halves[half]
+        if mean_ptr is not None:  # of the LayerNorm of a's rows
+            mean = tl.load(mean_ptr + rows, mask=rows < M, other=0.0)
+            rstd = tl.load(rstd_ptr + rows, mask=rows < M, other=0.0)
+            weight_sum = tl.load(weight_sum_ptr + cols, mask=cols < N, other=0.0)
+            y = (y - mean[:, None] * weight_sum[None, :]) * rstd[:, None]
+        y = add_columns(y, bias_ptr, cols, N)
         _finish(y, rows, cols, M, layer_scale_ptr, row_scale_ptr, residual_ptr, out_ptr, stride_residual, stride_out,
                 rows_per_sample, N)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M"])
+def _project_parts_kernel(
+    a_ptr, b0_ptr, b1_ptr, b2_ptr, bias0_ptr, bias1_ptr, bias2_ptr, out_ptr, M, stride_a, stride_b, stride_out,
+    PART: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Of three weights of PART columns, which are whole tiles."""
+    tile_m, tile_n = tile_of_program(M, N, GROUP, BLOCK_M, BLOCK_N)
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    part = tile_n * BLOCK_N // PART
+    b_ptr = b0_ptr
+    if part == 1:
+        b_ptr = b1_ptr
+    if part == 2:
+        b_ptr = b2_ptr
+    first = tile_n * BLOCK_N - part * PART
+    cols = first + tl.arange(0, BLOCK_N)
+    y, _ = products(a_ptr, b_ptr, None, rows, cols, M, stride_a, stride_b, PART, K, True, BLOCK_M, BLOCK_N, BLOCK_K,
+                    PRECISION)  # fmt: skip
+    halves = column_halves(y)
+    for half in tl.static_range(2):
+        cols = first + half * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+        y = add_columns(halves[half], bias0_ptr, cols, tl.where(part == 0, PART, 0))
+        y = add_columns(y, bias1_ptr, cols, tl.where(part == 1, PART, 0))
+        y = add_columns(y, bias2_ptr, cols, tl.where(part == 2, PART, 0))
+        out = out_ptr + row_offsets(rows, stride_out) + (part * PART + cols)[None, :]
+        tl.store(out, y.to(out_ptr.dtype.element_ty), mask=(rows < M)[:, None])
 
 
 @triton.jit(do_not_specialize=["M", "rows_per_sample"])
@@ -211,8 +269,8 @@ def _finish_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def _activate_kernel(
-    a_ptr, w_gate_ptr, w_up_ptr, b_gate_ptr, b_up_ptr, gate_ptr, up_ptr, hidden_ptr, M, stride_a, stride_w,
-    stride_gate, stride_hidden, GELU: tl.constexpr,
+    a_ptr, w_gate_ptr, w_up_ptr, b_gate_ptr, b_up_ptr, gate_ptr, up_ptr, hidden_ptr, norm_weight_ptr, piece_ptr, M,
+    stride_a, stride_w, stride_gate, stride_hidden, GELU: tl.constexpr, PIECES: tl.constexpr,
     N: tl.constexpr, COLS: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -233,9 +291,54 @@ def _activate_kernel(
             if GELU:
                 hidden, _ = gelu_and_slope(gate)
             else:
+                if piece_ptr is not None:  # the statistics are those of what is kept
+                    gate = gate.to(a_ptr.dtype.element_ty).to(tl.float32)
+                    up = up.to(a_ptr.dtype.element_ty).to(tl.float32)
                 silu, _ = silu_and_slope(gate, PRECISE)
                 hidden = silu * up
+                if piece_ptr is not None:
+                    first = tile_n * BLOCK_N + half * (BLOCK_N // 2)
+                    _store_piece(hidden, rows, first, M, piece_ptr, N, BLOCK_N // 2, PIECES)
+                    hidden *= tl.load(norm_weight_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
             _store_hidden(hidden, rows, cols, M, hidden_ptr, stride_hidden, N, COLS)
+
+
+@triton.jit(do_not_specialize=["M", "row_programs"])
+def _fold_norm_kernel(
+    piece_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, weight_sum_ptr, shift_ptr, M,
+    row_programs, stride_weight, eps, N: tl.constexpr, WIDTH: tl.constexpr, PIECES: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """First the statistics of rows from those of their pieces, nothing cancels; then a program for a weight's row."""
+    if tl.program_id(0) < row_programs:
+        rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+        pieces = tl.arange(0, BLOCK_P)
+        columns = tl.minimum(tl.maximum(N - pieces * WIDTH, 0), WIDTH).to(tl.float32)[:, None]
+        there = (columns > 0.0) & (rows < M)[None, :]
+        at = piece_ptr + row_offsets(pieces, M) + rows[None, :]
+        means = tl.load(at, mask=there, other=0.0)
+        mean = tl.sum(columns * means, 0) * (1.0 / N)
+        squares = tl.load(at + tl.cast(PIECES, tl.int64) * M, mask=there, other=0.0)
+        squares += columns * (means - mean[None, :]) * (means - mean[None, :])
+        variance = tl.sum(tl.where(there, squares, 0.0), 0) * (1.0 / N)
+        tl.store(mean_ptr + rows, mean, mask=rows < M)
+        tl.store(rstd_ptr + rows, inverse_sqrt(variance + tl.cast(eps, tl.float32)), mask=rows < M)
+    else:
+        n = tl.program_id(0) - row_programs
+        sums = tl.zeros([BLOCK_N], tl.float32)
+        shift = tl.zeros([BLOCK_N], tl.float32)
+        for start in range(0, N, BLOCK_N):
+            cols = start + tl.arange(0, BLOCK_N)
+            keep = cols < N
+            weight = tl.load(weight_ptr + tl.cast(n, tl.int64) * stride_weight + cols, mask=keep, other=0.0)
+            sums += weight.to(tl.float32) * tl.load(norm_weight_ptr + cols, mask=keep, other=0.0).to(tl.float32)
+            if norm_bias_ptr is not None:
+                shift += weight.to(tl.float32) * tl.load(norm_bias_ptr + cols, mask=keep, other=0.0).to(tl.float32)
+        total = tl.sum(shift, 0)
+        if bias_ptr is not None:
+            total += tl.load(bias_ptr + n).to(tl.float32)
+        tl.store(weight_sum_ptr + n, tl.sum(sums, 0))
+        tl.store(shift_ptr + n, total)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -364,7 +467,7 @@ def _per_sample(rows: int, row_scale: Tensor | None) -> int:
 
 
 # ---- what _products.Kernels asks for ---------------------------------------------------------------------------------
-multiply, multiply_float32 = by_torch, by_torch_float32
+multiply, weight_gradient_float32 = by_torch, weight_gradient_float32_by_torch
 subln_forward, subln_backward = subln_swiglu.forward, subln_swiglu.backward
 
 
@@ -372,10 +475,30 @@ def project(
     a: Tensor, weight: Tensor, bias: Tensor | None, layer_scale: Tensor | None, row_scale: Tensor | None,
     residual: Tensor | None, out: Tensor,
 ) -> None:  # fmt: skip
+    _project(a, weight, bias, layer_scale, row_scale, residual, out, None, None, None)
+
+
+def weight_gradients(dy: Tensor, a: Tensor | None, parts: Sequence[Part]) -> None:
+    weight_gradients_by_torch(dy, a, parts, scale_and_sum)
+
+
+def _project(
+    a: Tensor, weight: Tensor, bias: Tensor | None, layer_scale: Tensor | None, row_scale: Tensor | None,
+    residual: Tensor | None, out: Tensor, *norm: Tensor | None,
+) -> None:  # fmt: skip
     rows, (width, depth) = a.shape[0], weight.shape
     launch_tiles(_project_kernel, "plain", a, width, depth, a, weight, bias, layer_scale, row_scale, residual, out,
-                 rows, a.stride(0), weight.stride(0), _stride(residual), out.stride(0), _per_sample(rows, row_scale),
-                 N=width, COLS=width)  # fmt: skip
+                 *norm, rows, a.stride(0), weight.stride(0), _stride(residual), out.stride(0),
+                 _per_sample(rows, row_scale), N=width, COLS=width)  # fmt: skip
+
+
+def project_parts(a: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], out: Tensor) -> bool:
+    width, depth = weights[0].shape
+    if width % 256 or any(w.shape != weights[0].shape or w.stride() != weights[0].stride() for w in weights):
+        return False
+    launch_tiles(_project_parts_kernel, "plain", a, out.shape[1], depth, a, *weights, *biases, out, a.shape[0],
+                 a.stride(0), weights[0].stride(0), out.stride(0), PART=width, N=out.shape[1])  # fmt: skip
+    return True
 
 
 def finish(
@@ -389,13 +512,40 @@ def finish(
 
 def activate(
     a: Tensor, w_gate: Tensor, w_up: Tensor | None, b_gate: Tensor | None, b_up: Tensor | None, kept: Tensor | None,
-    hidden: Tensor | None,
-) -> None:  # fmt: skip
+    hidden: Tensor | None, norm_weight: Tensor | None = None,
+) -> tuple[Tensor, int] | None:  # fmt: skip
+    """With ``norm_weight``: means of the pieces of rows, and squares about them, (2, pieces, rows) float32; the pieces'
+    columns. There may be more pieces than are filled."""
     rows, width, cols = a.shape[0], w_gate.shape[0], padded(w_gate.shape[0])
     gate, up = gate_and_up(kept)
-    launch_tiles(_activate_kernel, "plain" if w_up is None else "dual", a, cols, a.shape[1], a, w_gate, w_up, b_gate,
-                 b_up, gate, up, hidden, rows, a.stride(0), w_gate.stride(0), _stride(kept), _stride(hidden),
-                 GELU=w_up is None, N=width, COLS=cols)  # fmt: skip
+    pieces, most = None, triton.cdiv(cols, 16)
+    if norm_weight is not None:
+        pieces = torch.empty(2, most, rows, dtype=torch.float32, device=a.device)
+    epilogue = "plain" if w_up is None else "dual" if pieces is None else "dual with norm"
+    choice = launch_tiles(
+        _activate_kernel, epilogue, a, cols, a.shape[1], a, w_gate, w_up, b_gate, b_up, gate,
+        up, hidden, *contiguous(norm_weight), pieces, rows, a.stride(0), w_gate.stride(0), _stride(kept),
+        _stride(hidden), GELU=w_up is None, PIECES=most, N=width, COLS=cols,
+    )  # fmt: skip
+    return None if pieces is None else (pieces, choice["BLOCK_N"] // 2)  # a piece for each half tile
+
+
+def project_normed(
+    hidden: Tensor, rows: tuple[Tensor, int], norm: HiddenNorm, weight: Tensor, bias: Tensor | None,
+    layer_scale: Tensor | None, row_scale: Tensor | None, residual: Tensor | None, out: Tensor,
+) -> None:  # fmt: skip
+    pieces, piece_width = rows
+    weight_sums, shift = torch.empty(2, weight.shape[0], dtype=torch.float32, device=out.device)
+    norm_weight, norm_bias = contiguous(norm.weight, norm.bias)
+    width = norm.weight.numel()
+    launch = fold_norm(triton.cdiv(width, piece_width))
+    row_programs = triton.cdiv(hidden.shape[0], launch["BLOCK_M"])
+    _triton.launch(
+        _fold_norm_kernel, (row_programs + weight.shape[0],), launch, pieces, norm_weight, norm_bias, weight, bias,
+        norm.mean, norm.rstd, weight_sums, shift, hidden.shape[0], row_programs, weight.stride(0), norm.eps, N=width,
+        WIDTH=piece_width, PIECES=pieces.shape[1],
+    )  # fmt: skip
+    _project(hidden, weight, shift, layer_scale, row_scale, residual, out, norm.mean, norm.rstd, weight_sums)
 
 
 def activate_rows(kept: Tensor, hidden: Tensor, width: int) -> None:

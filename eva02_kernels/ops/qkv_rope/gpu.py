@@ -4,7 +4,8 @@ Fused: bias and rotation in the product's epilogue, for the interleaved layout. 
 torch.mm, are rotated in place by one pass. The pre-norm is one pass before. Backward rotates dqkv back once, into a
 temporary that the products read.
 Bytes: forward reads x (normed x, written once) and writes q, k, v once; in place rotation reads and writes q and k once
-more. Backward reads and writes dqkv once, then reads it for each of the two products and for the biases.
+more. Backward reads dqkv for each of the two products (for the biases too, where products are torch.mm); rotated, it is
+read and written once before. Models on a GPU rotate in attention (``nn.attention``), so that theirs is not.
 Numerics: float32 sums and rotation, one rounding where fused.
 """
 
@@ -16,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eva02_kernels.ops._common import empty_like_needed, present, rows_2d, view_2d
-from eva02_kernels.ops._products import Kernels, normed_input, project
+from eva02_kernels.ops._common import contiguous, empty_like_needed, present, rows_2d, view_2d
+from eva02_kernels.ops._products import Kernels, Part, normed_input, project_parts
 from eva02_kernels.ops.qkv_rope.native import NUM_PARAMETERS
 from eva02_kernels.rope import NUM_ROPE_ARGS, RopeArgs, per_unit_table
 
@@ -48,17 +49,17 @@ def fwd(on: Kernels, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     table = RopeArgs(*rope)
     rotates = table.cos is not None
     in_epilogue = rotates and table.layout.startswith("interleaved") and on.fused(x)
-    first, out = 0, qkv.view(rows, total * head_dim)
-    for weight, bias in ((wq, bq), (wk, bk), (wv, bv)):
-        if weight is None:
-            continue
-        weight, bias, width = rows_2d(weight), None if bias is None else bias.contiguous(), weight.shape[0]
-        part = out[:, first * head_dim : first * head_dim + width]
-        if in_epilogue and first < heads + kv_heads:
+    out = qkv.view(rows, total * head_dim)
+    weights = [rows_2d(w) for w in (wq, wk, wv) if w is not None]
+    biases = contiguous(*(bq, bk, bv)[: len(weights)])
+    rotated = 0
+    if in_epilogue:
+        for first, weight, bias in zip((0, heads), weights, biases, strict=False):
+            part = out[:, first * head_dim : first * head_dim + weight.shape[0]]
             on.project_rope(normed, weight, bias, table, tokens, first, heads, kv_heads, head_dim, part)
-        else:
-            project(on, normed, weight, bias, part)
-        first += width // head_dim
+            rotated += weight.shape[0]
+        weights, biases = weights[2:], biases[2:]
+    project_parts(on, normed, weights, biases, out[:, rotated:])
     if rotates and not in_epilogue:
         _rotate_heads(on, qkv, qkv, rope, heads, kv_heads, inverse=False)
     return qkv, mean, rstd
@@ -82,17 +83,14 @@ def bwd(
         d[:, :, heads + kv_heads :] = dqkv[:, :, heads + kv_heads :]
     d2 = d.view(x2.shape[0], d.shape[2] * d.shape[3])
     weights = [rows_2d(w) for w in (wq, wk, wv) if w is not None]
-    if any(needs[1:4]):
-        normed = normed_input(on, x2, pre_weight, pre_bias, pre_eps, pre_norm)
-    first = 0
-    for i, weight in enumerate(weights):
-        part = d2[:, first : first + weight.shape[0]]
-        dweight, dbias = parameters[i], parameters[3 + i]
-        if dweight is not None:
-            on.multiply(part.t(), normed, dweight)
-        if dbias is not None:
-            on.scale_and_sum(part, sums=dbias)
+    first, parts = 0, []
+    for weight, dweight, dbias in zip(weights, parameters[:3], parameters[3:6], strict=False):
+        if dweight is not None or dbias is not None:
+            parts.append(Part(first, dweight, dbias))
         first += weight.shape[0]
+    if parts:
+        normed = normed_input(on, x2, pre_weight, pre_bias, pre_eps, pre_norm) if any(needs[1:4]) else None
+        on.weight_gradients(d2, normed, parts)
     if dx is not None or dpre_weight is not None or dpre_bias is not None:
         # One product over q, k and v: its sum is rounded once.
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)

@@ -201,6 +201,7 @@ def _samples() -> list[Sample]:
         Sample("no_bias", make(33, split=True, bias="", shape=(2, 2, 16), grid=(3, 3))),
         Sample("no_norm", make(48, pre_norm=False, shape=(1, 3, 16), grid=(2, 3))),
         Sample("no_rope", make(48, shape=(2, 3, 16), grid=(3, 4), rope="none")),
+        Sample("split_no_rope", make(32, split=True, shape=(2, 4, 64), grid=(2, 3), rope="none")),
         Sample("half", make(64, shape=(2, 2, 32), grid=(3, 4), layout="half", prefix=5)),
         Sample("keep", make(64, shape=(2, 1, 64), grid=(4, 4), keep=7)),
         Sample("gqa", make(64, split=True, kv=2, shape=(2, 4, 16), grid=(4, 4))),

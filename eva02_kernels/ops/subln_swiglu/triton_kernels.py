@@ -1,9 +1,11 @@
 """Triton kernels of subln_swiglu.
 
 Fused: LayerNorm(silu(gate) * up); backward all gradients in one pass, those of weight and bias as one partial sum a
-program and a second kernel that adds them (no atomics, a fixed order).
-Bytes: forward reads 2 and writes 1, backward reads 3 and writes 2 elements for each of the output: the minimum, and
-4 bytes a row for each statistic; the partial sums add at most 3 % where there are 64 rows or more for each program.
+program and a second kernel that adds them (no atomics, a fixed order). Inside an MLP that pass also writes the output
+again and sums the gradients of the biases of gate and up.
+Bytes: forward reads 2 and writes 1, backward reads 3 and writes 2 elements for each of the output (3 inside an MLP):
+the minimum, and 4 bytes a row for each statistic; the partial sums add at most 3 % where there are 64 rows or more for
+each program.
 Launch: whole rows in registers, one program for BLOCK_M rows forward, a strided share of the rows backward.
 Numerics: float32, the variance from centred values; one rounding an output. Limits: 16,384 columns.
 """
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from eva02_kernels import _triton
 from eva02_kernels._launch import whole_rows
-from eva02_kernels.ops._common import empty_stats, rows_2d
+from eva02_kernels.ops._common import empty_like_needed, empty_stats, present, rows_2d
 from eva02_kernels.ops._triton_lib import (
     column_sums,
     mean_and_rstd,
@@ -55,15 +57,21 @@ def _subln_swiglu_fwd_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def _subln_swiglu_bwd_kernel(
-    dout_ptr, gate_ptr, up_ptr, weight_ptr, mean_ptr, rstd_ptr, dgate_ptr, dup_ptr, dweight_ptr, dbias_ptr, M,
-    stride_dout, stride_gate, stride_up, stride_dgate, stride_dup,
+    dout_ptr, gate_ptr, up_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, dgate_ptr, dup_ptr, out_ptr, dweight_ptr,
+    dbias_ptr, gate_sum_ptr, up_sum_ptr, M, stride_dout, stride_gate, stride_up, stride_dgate, stride_dup, stride_out,
     N: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     cols = tl.arange(0, BLOCK_N)
     keep = (cols < N)[None, :]
     weight = tl.load(weight_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
+    if out_ptr is not None and bias_ptr is not None:
+        bias = tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
+    else:
+        bias = tl.zeros([BLOCK_N], tl.float32)
     dweight = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     dbias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    gate_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    up_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(tl.program_id(0) * BLOCK_M, M, tl.num_programs(0) * BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         there = (rows < M)[:, None] & (cols < COLS)[None, :]
@@ -76,11 +84,22 @@ def _subln_swiglu_bwd_kernel(
         normed = (silu * up - mean[:, None]) * rstd[:, None]
         normed = tl.where(keep, normed, 0.0)
         dout = tl.where(keep, dout, 0.0)
-        dweight += dout * normed
-        dbias += dout
+        if dweight_ptr is not None:
+            dweight += dout * normed
+        if dbias_ptr is not None:
+            dbias += dout
+        if out_ptr is not None:
+            out = (normed * weight[None, :] + bias[None, :]).to(out_ptr.dtype.element_ty)
+            tl.store(out_ptr + row_offsets(rows, stride_out) + cols[None, :], out, mask=there)
         dhidden = norm_input_gradient(dout * weight[None, :], normed, rstd, keep, N, False)
-        dgate = tl.where(keep, dhidden * up * slope, 0.0).to(dgate_ptr.dtype.element_ty)
-        dup = tl.where(keep, dhidden * silu, 0.0).to(dup_ptr.dtype.element_ty)
+        dgate = tl.where(keep, dhidden * up * slope, 0.0)
+        dup = tl.where(keep, dhidden * silu, 0.0)
+        if gate_sum_ptr is not None:
+            gate_sum += dgate
+        if up_sum_ptr is not None:
+            up_sum += dup
+        dgate = dgate.to(dgate_ptr.dtype.element_ty)
+        dup = dup.to(dup_ptr.dtype.element_ty)
         tl.store(dgate_ptr + row_offsets(rows, stride_dgate) + cols[None, :], dgate, mask=there)
         tl.store(dup_ptr + row_offsets(rows, stride_dup) + cols[None, :], dup, mask=there)
     partial = tl.program_id(0) * N + cols
@@ -88,6 +107,10 @@ def _subln_swiglu_bwd_kernel(
         tl.store(dweight_ptr + partial, tl.sum(dweight, 0), mask=cols < N)
     if dbias_ptr is not None:
         tl.store(dbias_ptr + partial, tl.sum(dbias, 0), mask=cols < N)
+    if gate_sum_ptr is not None:
+        tl.store(gate_sum_ptr + partial, tl.sum(gate_sum, 0), mask=cols < N)
+    if up_sum_ptr is not None:
+        tl.store(up_sum_ptr + partial, tl.sum(up_sum, 0), mask=cols < N)
 
 
 def forward(
@@ -108,25 +131,27 @@ def forward(
 
 def backward(
     dout: Tensor, gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor, rstd: Tensor,
-    dgate: Tensor, dup: Tensor, needs: Sequence[bool], *, cols: int,
-) -> list[Tensor]:  # fmt: skip
-    """Fill dgate and dup; returns the gradients of weight and bias that ``needs`` asks for."""
-    rows, width, device = gate.shape[0], weight.numel(), gate.device
-    wanted = [(p, torch.empty(p.shape, dtype=p.dtype, device=device)) for p, need in
-              zip((weight, bias), needs, strict=True) if need and p is not None]  # fmt: skip
+    dgate: Tensor, dup: Tensor, out: Tensor | None, grads: Sequence[Tensor | None],
+) -> None:  # fmt: skip
+    """Fill dgate and dup (rows, cols), where wanted the output again, and ``grads``, those that are wanted of weight,
+    bias and, as column sums, of the biases of gate and up."""
+    rows, width, cols = gate.shape[0], weight.numel(), dgate.shape[1]
     if not rows:
-        return [grad.zero_() for _, grad in wanted]
-    launch = whole_rows(cols)
-    programs = _triton.num_partials(rows, launch["BLOCK_M"], device)
-    partials = [parameter_partials(p, need, programs, device) for p, need in zip((weight, bias), needs, strict=True)]
-    tensors = (dout, gate, up)
+        for empty in present(grads):
+            empty.zero_()
+        return
+    launch = whole_rows(cols) if len(present(grads)) <= 2 else whole_rows(cols, 8)
+    programs = _triton.num_partials(rows, launch["BLOCK_M"], gate.device)
+    partials = [parameter_partials(g, True, programs, gate.device) for g in grads]
+    tensors, results = (dout, gate, up), (dgate, dup)
     _triton.launch(
         _subln_swiglu_bwd_kernel, (programs,), launch,
-        *tensors, weight, mean, rstd, dgate, dup, *partials, rows,
-        *(t.stride(0) for t in (*tensors, dgate, dup)), N=width, COLS=cols,
+        *tensors, weight, bias, mean, rstd, *results, out, *partials, rows,
+        *(t.stride(0) for t in (*tensors, *results)), 0 if out is None else out.stride(0), N=width, COLS=cols,
     )  # fmt: skip
-    sums = (p for p in partials if p is not None)
-    return [column_sums(p, grad) for p, (_, grad) in zip(sums, wanted, strict=True)]
+    for partial, grad in zip(partials, grads, strict=True):
+        if partial is not None and grad is not None:
+            column_sums(partial, grad)
 
 
 def fwd(gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -143,8 +168,7 @@ def bwd(
 ) -> list[Tensor]:  # fmt: skip
     g, u = rows_2d(gate), rows_2d(up)
     dgate, dup = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (gate, up))
-    parameters = backward(
-        rows_2d(dout), g, u, weight.contiguous(), bias, mean, rstd, dgate.view(g.shape), dup.view(g.shape), needs[2:],
-        cols=g.shape[1],
-    )  # fmt: skip
-    return [t for t, need in zip((dgate, dup), needs, strict=False) if need] + parameters
+    grads = empty_like_needed((weight, bias), needs[2:])
+    backward(rows_2d(dout), g, u, weight.contiguous(), None, mean, rstd, dgate.view(g.shape), dup.view(g.shape), None,
+             (*grads, None, None))  # fmt: skip
+    return [t for t, need in zip((dgate, dup), needs, strict=False) if need] + present(grads)

@@ -1,13 +1,17 @@
 """swiglu_mlp on a GPU: products and their epilogues are a backend's (``ops/_products.py``), the sub-LN subln_swiglu's.
 
-Fused: without a sub-LN SwiGLU behind the product of gate and up, and its gradient (with the hidden layer again, and
-the biases' sums) behind backward's first product; with one, one pass over whole rows between the products each way.
+Fused: SwiGLU behind the product of gate and up, where products are the backend's own with the sub-LN's weight and the
+statistics of pieces of rows: the next product takes the norm in (``_products.folds_norm``). Else the sub-LN is one pass
+over whole rows. Backward: SwiGLU's gradient (with the hidden layer again, and the biases' sums) behind the first
+product, or with a sub-LN in one pass over whole rows.
 Layer scale, drop path and residual are the epilogue of the last product, the pre-norm is one pass before the first.
-Bytes: forward writes and reads the normed x, gate and up (kept, unless recompute; without a sub-LN nothing reads them)
-and the hidden layer, and reads x again as the residual. Backward reads gate and up once, writes their gradients and
-the hidden layer once; products read them from there.
-Numerics: float32 inside each kernel; normed x, gate, up, the hidden layer and their
-gradients are rounded once each. Limits: 16,384 columns under a normalisation.
+Bytes: forward writes and reads the normed x, writes gate and up (kept, unless recompute; read again for a sub-LN's pass
+alone), writes and reads the hidden layer, and reads x again as the residual. Backward reads gate and up once, writes
+their gradients and the hidden layer once; products read them from there.
+Numerics: float32 inside each kernel; normed x, gate, up, the hidden layer and their gradients are rounded once each. A
+norm that a product takes in has its mean subtracted from float32 sums; what is rounded before is the hidden layer times
+the norm's weight, so that rows with a mean far above their deviation lose as many bits more in 16-bit types.
+Limits: 16,384 columns under a normalisation.
 """
 
 from __future__ import annotations
@@ -20,16 +24,16 @@ from torch import Tensor
 from eva02_kernels.ops._common import (
     contiguous,
     empty_like_needed,
-    empty_stats,
     padded,
     present,
     rows_2d,
     view_2d,
 )
 from eva02_kernels.ops._products import (
+    HiddenNorm,
     Kernels,
     activate,
-    hidden_bias_gradients,
+    folds_norm,
     hidden_gradient,
     hidden_input_gradient,
     hidden_weight_gradients,
@@ -40,14 +44,6 @@ from eva02_kernels.ops._products import (
     project,
 )
 from eva02_kernels.ops.swiglu_mlp.native import empty_outputs, hidden_width
-
-
-def _subln(
-    on: Kernels, kept: Tensor, weight: Tensor, bias: Tensor | None, eps: float, hidden: Tensor, mean: Tensor,
-    rstd: Tensor,
-) -> None:  # fmt: skip
-    bias = torch.zeros_like(weight) if bias is None else bias.contiguous()
-    on.subln_forward(kept[:, 0], kept[:, 1], weight.contiguous(), bias, eps, hidden, mean, rstd, cols=kept.shape[2])
 
 
 def fwd(on: Kernels, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -63,14 +59,25 @@ def fwd(on: Kernels, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     hidden = torch.empty(rows, cols, dtype=x.dtype, device=x.device)
     b_gate, b_up, b_down, layer_scale, row_scale = contiguous(b_gate, b_up, b_down, layer_scale, row_scale)
     weights: Any = (rows_2d(w_gate), b_gate, None if w_up is None else rows_2d(w_up), b_up)
+    w_down = padded_columns(rows_2d(w_down))
+    to_out: Any = {"layer_scale": layer_scale, "row_scale": row_scale, "residual": x2 if add_x else None}
+    gate_up = kept if kept.numel() else None
+    if norm_weight is not None and folds_norm(on, x):
+        norm_rows = activate(on, normed, *weights, kept=gate_up, hidden=hidden, norm_weight=norm_weight)
+        if norm_rows is not None:
+            norm = HiddenNorm(norm_weight, norm_bias, eps, mean, rstd)
+            on.project_normed(hidden, norm_rows, norm, w_down, b_down, **to_out, out=view_2d(out))
+            return outputs
     if norm_weight is None:
-        activate(on, normed, *weights, kept=kept if kept.numel() else None, hidden=hidden)
+        activate(on, normed, *weights, kept=gate_up, hidden=hidden)
     else:
-        gate_up = kept if kept.numel() else torch.empty(rows, 2, cols, dtype=x.dtype, device=x.device)
+        if gate_up is None:
+            gate_up = torch.empty(rows, 2, cols, dtype=x.dtype, device=x.device)
         activate(on, normed, *weights, kept=gate_up, hidden=None)
-        _subln(on, gate_up, norm_weight, norm_bias, eps, hidden, mean, rstd)
-    project(on, hidden, padded_columns(rows_2d(w_down)), b_down, view_2d(out), layer_scale=layer_scale,
-            row_scale=row_scale, residual=x2 if add_x else None)  # fmt: skip
+        norm_bias = torch.zeros_like(norm_weight) if norm_bias is None else norm_bias.contiguous()
+        on.subln_forward(gate_up[:, 0], gate_up[:, 1], norm_weight.contiguous(), norm_bias, eps, hidden, mean, rstd,
+                         cols=cols)  # fmt: skip
+    project(on, hidden, w_down, b_down, view_2d(out), **to_out)
     return outputs
 
 
@@ -79,7 +86,7 @@ def bwd(
     x: Tensor, *args: Any,
 ) -> list[Tensor]:  # fmt: skip
     *inputs, needs = args
-    w_gate, b_gate, w_up, b_up, w_down, b_down, norm_weight, norm_bias, eps, *pre = inputs[:13]
+    w_gate, b_gate, w_up, b_up, w_down, b_down, norm_weight, norm_bias, _, *pre = inputs[:13]
     layer_scale, row_scale, add_x = inputs[13:16]
     pre_weight, pre_bias, _, pre_norm = pre
     grads = empty_like_needed((x, *inputs[:4], None, None, None, None, pre_weight, pre_bias, None), needs)
@@ -107,17 +114,11 @@ def bwd(
     if norm_weight is None:
         hidden_gradient(on, gradient.dy, w_down, kept, dkept, hidden, *bias_grads)
     else:
-        norm_weight = norm_weight.contiguous()
         dhidden = torch.empty(rows, cols, dtype=x.dtype, device=x.device)
         on.multiply(gradient.dy, padded_columns(w_down), dhidden)
-        norm_grads = iter(on.subln_backward(dhidden, kept[:, 0], kept[:, 1], norm_weight, norm_bias, mean, rstd,
-                                         dkept[:, 0], dkept[:, 1], needs[7:9], cols=cols))  # fmt: skip
-        for i in (7, 8):
-            if needs[i] and inputs[i - 1] is not None:
-                grads[i] = next(norm_grads)
-        if hidden is not None:
-            _subln(on, kept, norm_weight, norm_bias, eps, hidden, empty_stats(x, rows), empty_stats(x, rows))
-        hidden_bias_gradients(on, dkept, bias_grads)
+        grads[7:9] = empty_like_needed((norm_weight, norm_bias), needs[7:9])
+        on.subln_backward(dhidden, kept[:, 0], kept[:, 1], norm_weight.contiguous(), norm_bias, mean, rstd,
+                          dkept[:, 0], dkept[:, 1], hidden, (*grads[7:9], *bias_grads))  # fmt: skip
     grads[5], grads[6], grads[11] = output_parameter_gradients(
         on, gradient, None if hidden is None else hidden[:, : w_down.shape[1]], w_down, b_down, layer_scale, needs_out
     )
