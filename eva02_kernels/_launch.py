@@ -1,7 +1,7 @@
 """Launch choices of the Triton kernels, as data: block sizes, warps and stages, best guess first.
 
-Where a function gives several, the first is used unless autotuning times them (``_triton.tuned``). None of these was
-measured on a GPU yet: they are chosen from registers, shared memory and occupancy as compiled (``benchmarks.kernels``).
+Where a function gives several, the first is used unless autotuning times them (``_triton.tuned``). They are chosen from
+registers, shared memory and occupancy as compiled (``benchmarks.kernels``), not yet by times on GPUs.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ class Choice:
     blocks: tuple[tuple[str, int], ...]
     num_warps: int = 4
     num_stages: int = 2
+    # Registers of a thread that ptxas may use, where it would rather spill for occupancy; AMD's compiler has no such.
+    max_registers: int | None = None
     options: dict[str, Any] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -33,8 +35,8 @@ class Choice:
         return self.options[name]
 
 
-def choice(num_warps: int = 4, num_stages: int = 2, **blocks: int) -> Choice:
-    return Choice(tuple(blocks.items()), num_warps, num_stages)
+def choice(num_warps: int = 4, num_stages: int = 2, *, max_registers: int | None = None, **blocks: int) -> Choice:
+    return Choice(tuple(blocks.items()), num_warps, num_stages, max_registers)
 
 
 def power_of_2(n: int) -> int:
@@ -48,12 +50,11 @@ MAX_ROW_WIDTH = 16384
 
 @functools.cache
 def whole_rows(width: int, elements: int = 16) -> Choice:
-    """Tiles BLOCK_M x BLOCK_N of whole rows: about 16 elements a thread (or fewer, for kernels with many sums), several
-    narrow rows a program."""
+    """Tiles BLOCK_M x BLOCK_N of whole rows: about ``elements`` a thread, several narrow rows a program."""
     block_n = power_of_2(width)
     block_m = max(1, 512 // block_n)
-    warps = min(16, max(1, block_m * block_n // (32 * elements)))
-    return choice(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=1)
+    num_warps = min(16, max(1, block_m * block_n // (32 * elements)))
+    return choice(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=1)
 
 
 @functools.cache
@@ -95,8 +96,8 @@ def pair_chunks(head_dim: int) -> tuple[int, int]:
 
 # ---- attention -------------------------------------------------------------------------------------------------------
 # BLOCK_M queries by BLOCK_N keys, for heads that take tiles of up to 64, 96 and 128 channels. Each was the largest
-# without spilled registers among those compiled in bfloat16 (benchmarks/results/kernels.json has the few variants that
-# do spill); rotated tiles are computed in registers, which is what limits them.
+# without spilled registers among those compiled in bfloat16; rotated tiles are computed in registers, which is what
+# limits them.
 _ATTENTION = {
     "fwd": {
         64: (choice(4, 2, BLOCK_M=64, BLOCK_N=64), choice(8, 2, BLOCK_M=128, BLOCK_N=64)),
@@ -114,24 +115,33 @@ _ATTENTION = {
         128: (choice(8, 1, BLOCK_M=16, BLOCK_N=128), choice(4, 1, BLOCK_M=32, BLOCK_N=32)),
     },
 }
-# What 12.0, which needs more registers, gets instead.
+# What 10.0 and 12.0, which need more registers, get instead.
+_ATTENTION_100 = {
+    ("fwd", 96): (choice(4, 2, BLOCK_M=64, BLOCK_N=32), choice(8, 2, BLOCK_M=128, BLOCK_N=32, max_registers=168)),
+    ("dkdv", 64): (choice(8, 2, BLOCK_M=16, BLOCK_N=128, max_registers=168), choice(4, 1, BLOCK_M=32, BLOCK_N=64)),
+    ("dkdv", 128): (choice(8, 1, BLOCK_M=16, BLOCK_N=128),),
+}
 _ATTENTION_120 = {
-    (kernel, 96): (choice(4, 1, BLOCK_M=64, BLOCK_N=32), choice(8, 1, BLOCK_M=128, BLOCK_N=32))
-    for kernel in ("fwd", "dq")
+    **{
+        (kernel, 96): (choice(4, 1, BLOCK_M=64, BLOCK_N=32), choice(8, 1, BLOCK_M=128, BLOCK_N=32))
+        for kernel in ("fwd", "dq")
+    },
+    ("dkdv", 96): (choice(4, 1, BLOCK_M=16, BLOCK_N=64),),
 }
 # float32 products without TF32 have no matrix instruction: operands are in registers too. The same goes for every
 # product on 7.5, whose matrix instructions Triton does not use.
-_LARGE, _MIDDLE, _SMALL = (choice(8, 1, BLOCK_M=m, BLOCK_N=n) for m, n in ((32, 32), (16, 32), (16, 16)))
-_ATTENTION_FLOAT32 = {
-    "fwd": {64: _LARGE, 96: _MIDDLE, 128: _SMALL},
-    "dq": {64: _LARGE, 96: _SMALL, 128: _SMALL},
-    "dkdv": {64: _LARGE, 96: _MIDDLE, 128: _SMALL},
+_PLAIN = {
+    64: choice(8, 1, BLOCK_M=32, BLOCK_N=32, max_registers=128),
+    96: choice(8, 1, BLOCK_M=16, BLOCK_N=32, max_registers=128),
+    128: choice(8, 1, BLOCK_M=16, BLOCK_N=16, max_registers=128),
 }
-_ATTENTION_75 = {
-    64: choice(8, 1, BLOCK_M=16, BLOCK_N=32),
+_PLAIN_DQ = {
+    64: choice(8, 1, BLOCK_M=32, BLOCK_N=32),
     96: choice(8, 1, BLOCK_M=16, BLOCK_N=16),
     128: choice(8, 1, BLOCK_M=16, BLOCK_N=16),
 }
+_ATTENTION_FLOAT32 = {"fwd": _PLAIN, "dq": _PLAIN_DQ, "dkdv": _PLAIN}
+_ATTENTION_75 = choice(8, 1, BLOCK_M=16, BLOCK_N=16, max_registers=255)
 
 
 def attention_chunks(dtype: torch.dtype, head_dim: int, arch: int) -> tuple[int, int]:
@@ -144,12 +154,11 @@ def attention(kernel: str, dtype: torch.dtype, head_dim: int, arch: int) -> tupl
     """Choices of rope_attention's kernel ``"fwd"``, ``"dq"`` or ``"dkdv"``."""
     channels = next(n for n in (64, 96, 128) if head_dim <= n)
     if arch < 80:
-        return (_ATTENTION_75[channels],)
+        return (_ATTENTION_75,)
     if dtype == torch.float32:
         return (_ATTENTION_FLOAT32[kernel][channels],)
-    if arch >= 120 and (kernel, channels) in _ATTENTION_120:
-        return _ATTENTION_120[kernel, channels]
-    return _ATTENTION[kernel][channels]
+    special = _ATTENTION_120 if arch >= 120 else _ATTENTION_100 if arch >= 100 else {}
+    return special.get((kernel, channels), _ATTENTION[kernel][channels])
 
 
 @functools.cache

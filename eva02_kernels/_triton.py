@@ -158,6 +158,8 @@ def launch(kernel: Any, grid: tuple[int, ...], choice: Choice, *args: Any, **con
     found = _compiled.get(key)
     if found is None or hooks[0].calls or hooks[1].calls:  # a profiler's hooks want what the long way gives them
         options = choice.options
+        if choice.max_registers is not None and driver.active.get_current_target().backend == "cuda":
+            options = {**options, "maxnreg": choice.max_registers}
         made = kernel.run(*args, grid=grid, warmup=False, **constants, **options)
         known = {**constants, **options}
         tail = tuple(known[name] for name in kernel.arg_names[len(args) :])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 from pathlib import Path
 
@@ -37,6 +38,12 @@ def test_quick_kernels_compile_without_spills(quick):
     assert sum(len(group["kernels"]) for group in quick.values()) > 100
     assert [f"{key}: {line}" for key, group in quick.items() for line in group["failed"]] == []
     spilled = [f"{key} {name}" for key, group in quick.items() for name, k in group["kernels"].items() if k["spills"]]
+    assert spilled == []
+
+
+def test_no_kernel_in_the_budget_spills(budget):
+    spilled = [f"{key} {name}" for key, group in budget["groups"].items() for name, k in group["kernels"].items()
+               if k["spills"]]  # fmt: skip
     assert spilled == []
 
 
@@ -118,6 +125,23 @@ def test_a_second_context_sees_kernels_of_the_first():
             list(kernels.call(case, case.inputs(case.models[0], torch.bfloat16, 2)))
         seen.append([k.name for k in found])
     assert seen == [["_swiglu_fwd_kernel", "_swiglu_bwd_kernel"]] * 2
+
+
+def test_a_limit_of_registers_reaches_the_compiler(monkeypatch):
+    from eva02_kernels.ops.swiglu import triton_kernels
+
+    plain = triton_kernels.row_pieces(512)
+    gate, up = torch.empty(2, 64, 512).unbind()
+    registers = {}
+    for limit in (None, 24):
+        limited = dataclasses.replace(plain, max_registers=limit)
+        monkeypatch.setattr(triton_kernels, "row_pieces", lambda width, limited=limited: limited)
+        for arch in (80, next(iter(AMD))):  # which has no such option
+            with compiling(arch) as found:
+                eva02_kernels.swiglu(gate, up, backend="triton")
+            if arch == 80:
+                registers[limit] = found[0].registers
+    assert registers[24] <= 24 < registers[None]
 
 
 @pytest.mark.full

@@ -157,7 +157,7 @@ def backward(
         for grad in present(parameters):
             grad.zero_()
         return
-    launch = whole_rows(width)
+    launch = whole_rows(width, 8 if dlayer_scale is not None else 16)  # three sums of columns are many registers
     # Without gradients of parameters there are no partial sums to keep few.
     programs = triton.cdiv(rows, launch["BLOCK_M"])
     if present(parameters):
