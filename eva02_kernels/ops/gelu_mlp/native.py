@@ -21,7 +21,9 @@ from eva02_kernels.ops._common import (
 )
 
 # The hidden layer is kept in the activations' dtype, so that in 16 bits backward starts from rounded values that a
-# float32 run does not have; the largest excess over the rule's plain bounds seen in the contract suite is 1.18.
+# float32 run does not have; the largest excess over the rule's plain bounds is 1.18 on the samples of `make test`. The
+# full suite's block_B fails: 1.58 in bfloat16 and 1.84 in float16, in dw2, where rounded activations of a large bias
+# cancel. Plain PyTorch in these dtypes errs as much there.
 ERROR_MULTIPLE = 1.5
 
 
