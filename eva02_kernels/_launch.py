@@ -118,6 +118,7 @@ _ATTENTION = {
 # What 10.0 and 12.0, which need more registers, get instead.
 _ATTENTION_100 = {
     ("fwd", 96): (choice(4, 2, BLOCK_M=64, BLOCK_N=32), choice(8, 2, BLOCK_M=128, BLOCK_N=32, max_registers=168)),
+    ("dq", 96): (choice(4, 2, BLOCK_M=64, BLOCK_N=32, max_registers=168), choice(8, 2, BLOCK_M=128, BLOCK_N=32)),
     ("dkdv", 64): (choice(8, 2, BLOCK_M=16, BLOCK_N=128, max_registers=168), choice(4, 1, BLOCK_M=32, BLOCK_N=64)),
     ("dkdv", 128): (choice(8, 1, BLOCK_M=16, BLOCK_N=128),),
 }
@@ -131,16 +132,16 @@ _ATTENTION_120 = {
 # float32 products without TF32 have no matrix instruction: operands are in registers too. The same goes for every
 # product on 7.5, whose matrix instructions Triton does not use.
 _PLAIN = {
-    64: choice(8, 1, BLOCK_M=32, BLOCK_N=32, max_registers=128),
+    64: choice(8, 1, BLOCK_M=32, BLOCK_N=32),
+    96: choice(8, 1, BLOCK_M=16, BLOCK_N=32),
+    128: choice(8, 1, BLOCK_M=16, BLOCK_N=16),
+}
+_PLAIN_LIMITED = {
+    64: _PLAIN[64],
     96: choice(8, 1, BLOCK_M=16, BLOCK_N=32, max_registers=128),
     128: choice(8, 1, BLOCK_M=16, BLOCK_N=16, max_registers=128),
 }
-_PLAIN_DQ = {
-    64: choice(8, 1, BLOCK_M=32, BLOCK_N=32),
-    96: choice(8, 1, BLOCK_M=16, BLOCK_N=16),
-    128: choice(8, 1, BLOCK_M=16, BLOCK_N=16),
-}
-_ATTENTION_FLOAT32 = {"fwd": _PLAIN, "dq": _PLAIN_DQ, "dkdv": _PLAIN}
+_PLAIN_DQ = {64: _PLAIN[64], 96: _PLAIN[128], 128: _PLAIN[128]}
 _ATTENTION_75 = choice(8, 1, BLOCK_M=16, BLOCK_N=16, max_registers=255)
 
 
@@ -156,7 +157,8 @@ def attention(kernel: str, dtype: torch.dtype, head_dim: int, arch: int) -> tupl
     if arch < 80:
         return (_ATTENTION_75,)
     if dtype == torch.float32:
-        return (_ATTENTION_FLOAT32[kernel][channels],)
+        plain = _PLAIN_DQ if kernel == "dq" else _PLAIN if arch >= 120 else _PLAIN_LIMITED
+        return (plain[channels],)
     special = _ATTENTION_120 if arch >= 120 else _ATTENTION_100 if arch >= 100 else {}
     return special.get((kernel, channels), _ATTENTION[kernel][channels])
 
