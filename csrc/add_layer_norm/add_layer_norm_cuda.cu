@@ -3,8 +3,8 @@
 //           with the norm's parameter gradients and the layer scale's as partial sums of CTAs, which a second kernel
 //           adds
 // Bytes     forward moves 4n elements; backward 4n, plus n for dx where it differs from dresidual and n to read x for
-//           the layer scale: the minimum of both; partial sums at most 1/8 of n floats
-// Launch    a CTA takes rows in turn, 8 columns a thread; forward as many CTAs as fill the device, backward 16 rows
+//           the layer scale: the minimum of both; a partial sum is a float for 32 rows of a column
+// Launch    a CTA takes rows in turn, 8 columns a thread; forward as many CTAs as fill the device, backward 32 rows
 //           each; shared memory: weight and bias, backward the sums, at most 12 bytes a column
 // Numerics  float32 inside; sum is rounded to the dtype before its statistics, so that normed is a function of the sum
 //           that is kept; variance from centred values
