@@ -80,7 +80,7 @@ class Optimizer:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Linear warm-up from 0, then a cosine, by optimiser step."""
+    """Linear warm-up, then a cosine, by optimiser step."""
 
     epochs: float = 100
     epoch_samples: int | None = None
@@ -91,6 +91,8 @@ class Schedule:
     """Instead of `epochs`."""
     warmup_steps: int | None = None
     """Instead of `warmup_epochs`."""
+    warmup_from_zero: bool = True
+    """Step i of w that warm up has i/w of the peak rate; False: (i + 1)/w, so that the first step learns."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -462,7 +464,7 @@ def _clip(
         # The rate is logit_scale's alone; the towers have their own.
         optimizer=Optimizer(name="lamb", lr=5e-4, betas=(0.9, 0.999), eps=1e-8, clip_grad=5.0),
         # Their epoch is 40 million samples, of data that is much larger.
-        schedule=Schedule(epochs=epochs, epoch_samples=40_000_000, warmup_steps=2000),
+        schedule=Schedule(epochs=epochs, epoch_samples=40_000_000, warmup_steps=2000, warmup_from_zero=False),
         run=Run(
             grad_checkpointing=True,
             parallel="fsdp",

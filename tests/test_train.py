@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import io
 import json
@@ -19,13 +20,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import eva02
 from eva02.cli import main
-from eva02.recipes import Optimizer, Schedule
+from eva02.clip.config import TextConfig
+from eva02.clip.text import TextTower
+from eva02.recipes import Model, Optimizer, Recipe, Run, Schedule
 from eva02.train import loop, pretrain, state
+from eva02.train.command import activation_bytes
 from eva02.train.distributed import World
 from eva02.train.loop import INTERRUPTED, NonFiniteLoss
 from eva02.train.optim import make_optimizer, make_schedule, parameter_groups, steps_of
 from eva02.train.progress import Clock, forward_flops, read_log
 from eva02.train.state import CheckpointStore, DamagedCheckpoints
+from eva02_kernels.bench.measure import saved_for_backward
 
 TASKS = ("pretrain", "finetune")
 
@@ -73,6 +78,10 @@ def test_schedule():
     assert rates[:11] == pytest.approx([0.2 * step for step in range(11)])
     assert rates[20] == pytest.approx(0.5 + 1.5 / 2)
     assert 0.5 < rates[29] < 0.52
+    ahead = make_schedule(optimizer, dataclasses.replace(recipe, warmup_from_zero=False), 10)
+    for step in (0, 8, 9, 10, 11, 29):
+        ahead.step_update(step)
+        assert 2 * optimizer.param_groups[0]["lr"] == pytest.approx(0.2 * (step + 1) if step < 10 else rates[step])
     assert steps_of(Schedule(steps=7, warmup_steps=100), 10) == (7, 6)
     with pytest.raises(ValueError, match="no step"):
         steps_of(Schedule(epochs=0), 10)
@@ -455,6 +464,37 @@ def test_dry_run(capsys):
     command = ["finetune", "--preset", "eva02_digits", "--dry-run", "--measure", "4", "--set", "model.depth=1"]
     assert main(command) == 0
     assert "images/s measured here" in capsys.readouterr().out
+    assert main(["clip", "--preset", "eva02_clip_b16", "--dry-run", "--processes", "64"]) == 0
+    text = capsys.readouterr().out
+    assert "GFLOP forward an image, 5.96 a text of 77 tokens" in text
+    assert "rate 2.5e-07 -> 0.0005 -> 0" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("eva02_tiny_patch14_224", {}),
+        ("eva02_base_patch14_224", {"recompute": True}),
+        ("eva_giant_patch14_clip_224", {"patch_drop_rate": 0.5}),
+        ("text", {}),
+    ],
+)
+def test_the_dry_run_foresees_what_blocks_keep(name, options):
+    recipe = Recipe(Model(""), run=Run(precision="float32"))
+
+    def kept(depth: int) -> tuple[int, int]:
+        if name == "text":
+            model = TextTower(TextConfig(depth=depth), 512)
+            batch = torch.randint(1, 49408, (2, 77))
+        else:
+            model = eva02.create_model(name, depth=depth, **options)
+            batch = torch.randn(2, 3, *model.config.image_hw)
+        saved = saved_for_backward(lambda: model(batch), model.parameters())
+        return saved.bytes, activation_bytes(model.config, recipe, 2)
+
+    # The last block may compute fewer rows; what another block adds is what is foreseen.
+    (found3, foreseen3), (found2, foreseen2) = kept(3), kept(2)
+    assert found3 - found2 == pytest.approx(foreseen3 - foreseen2, rel=0.01)
 
 
 @pytest.mark.parametrize(

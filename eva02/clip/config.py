@@ -26,6 +26,11 @@ class TextConfig:
         if self.width % self.num_heads:
             raise ValueError(f"text width {self.width} is not a multiple of num_heads {self.num_heads}")
 
+    @property
+    def hidden_features(self) -> int:
+        """Width inside the MLPs."""
+        return int(self.width * self.mlp_ratio)
+
 
 @dataclasses.dataclass(frozen=True)
 class ClipConfig:

@@ -61,7 +61,7 @@ class TextBlock(nn.Module):
         self.ln_1 = nn.LayerNorm(config.width, **factory)
         self.attn = _Attention(config.width, **factory)
         self.ln_2 = nn.LayerNorm(config.width, **factory)
-        self.mlp = _Mlp(config.width, int(config.width * config.mlp_ratio), **factory)
+        self.mlp = _Mlp(config.width, config.hidden_features, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
         attn, out, mlp = self.attn, self.attn.out_proj, self.mlp

@@ -18,7 +18,7 @@ from eva02.train import command
 from eva02.train.distributed import World
 from eva02.train.loop import Batch, Task
 from eva02.train.optim import ParameterGroups, layer_decay_groups
-from eva02.train.progress import Clock, forward_flops
+from eva02.train.progress import Clock, forward_flops, text_flops
 from eva02_kernels import clip_loss
 
 
@@ -73,10 +73,8 @@ class ClipTask(Task):
 
     def flops(self) -> int | None:
         vision, text = self.model.config.vision, self.model.config.text
-        tokens, width = text.context_length, text.width
-        block = 2 * tokens * ((4 + 2 * text.mlp_ratio) * width**2 + 2 * tokens * width)
         kept = 1 - vision.patch_drop_rate  # but for the products of tokens with each other, which shrink by its square
-        return round(3 * (kept * forward_flops(vision) + text.depth * block))
+        return round(3 * (kept * forward_flops(vision) + text_flops(text)))
 
     def evaluate(self, model: nn.Module, world: World) -> dict[str, float]:
         """Zero-shot: shares of validation images whose class is the first, or among the first five."""

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 import eva02
+from eva02.clip.config import TextConfig
 from eva02.config import ModelConfig
 from eva02.files import atomic_file
 from eva02.recipes import Recipe, get_preset, list_presets
 from eva02.train.distributed import World, choose_device, started
 from eva02.train.loop import INTERRUPTED, Outcome, Task, Trainer
 from eva02.train.optim import epoch_steps, steps_of
-from eva02.train.progress import forward_flops
+from eva02.train.progress import forward_flops, text_flops
 
 Build = Callable[..., tuple[Task, Any]]
 _FLAGS = {
@@ -176,24 +177,29 @@ def _samples(recipe: Recipe) -> tuple[int, str]:
     return recipe.data.samples, f"{recipe.data.name}, as published"
 
 
-def activation_bytes(config: ModelConfig, recipe: Recipe, images: int) -> int:
-    """Kept for backward by the blocks for so many images: 6 C + 2 F a token and block, less with recomputation."""
-    tokens = config.grid[0] * config.grid[1] + 1
-    width = 6 * config.embed_dim + (0 if recipe.run.recompute or config.recompute else 2 * config.hidden_features)
-    rows = images * tokens * (4 if recipe.run.precision == "float32" else 2)
-    if recipe.run.grad_checkpointing:
-        return rows * (config.depth * config.embed_dim + width)
-    return rows * config.depth * width
+def activation_bytes(config: ModelConfig | TextConfig, recipe: Recipe, samples: int) -> int:
+    """Kept for backward by the blocks for so many images or texts.
 
-
-_BESIDE = {"pretrain": "the teacher and ", "finetune": "", "clip": "the text tower and "}
-"""What the estimate of memory leaves out."""
+    A token keeps 6 C + F in a block, 6 C + 2 F with SwiGLU, and 6 C with recomputation; with checkpointing C in every
+    block and the rest in one. The last block counts like the others, although it may compute fewer rows.
+    """
+    if isinstance(config, TextConfig):
+        tokens, width, hidden = config.context_length, config.width, config.hidden_features
+    else:
+        patches = config.grid[0] * config.grid[1]
+        tokens, width = 1 + max(1, int(patches * (1 - config.patch_drop_rate))), config.embed_dim
+        hidden = (1 + config.swiglu_mlp) * config.hidden_features
+        hidden *= not (recipe.run.recompute or config.recompute)
+    kept = 6 * width + hidden
+    rows = samples * tokens * (4 if recipe.run.precision == "float32" else 2)
+    return rows * (config.depth * width + kept if recipe.run.grad_checkpointing else config.depth * kept)
 
 
 def describe(recipe: Recipe, model: nn.Module, measured: float | None = None, size: int = 1) -> str:
     """Model, schedule, memory and steps as text; `measured` are images per second, `size` counts processes."""
-    config: Any = model.config
-    config = getattr(config, "vision", config)
+    described: Any = model.config
+    config: ModelConfig = getattr(described, "vision", described)
+    text: TextConfig | None = getattr(described, "text", None)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     samples, where = _samples(recipe)
     per_epoch = samples // recipe.data.batch_size
@@ -205,19 +211,23 @@ def describe(recipe: Recipe, model: nn.Module, measured: float | None = None, si
     per_parameter = 16 + (4 if recipe.run.ema_decay is not None else 0)
     shards = size if recipe.run.parallel == "fsdp" else 1
     state, kept = parameters * per_parameter / shards, activation_bytes(config, recipe, part)
+    work = f"{forward_flops(config) / 1e9:.2f} GFLOP forward an image"
+    if text is not None:
+        kept += activation_bytes(text, recipe, part)
+        work += f", {text_flops(text) / 1e9:.2f} a text of {text.context_length} tokens"
+    first = 0.0 if recipe.schedule.warmup_from_zero else recipe.optimizer.lr / max(1, warmup)
     lines = [
         f"recipe     {recipe.task}",
         *(f"  {name} = {value}" for name, value in recipe.fields().items()),
         f"model      {recipe.model.name}: {parameters:,} parameters, {config.grid[0]}x{config.grid[1]} patches of "
-        f"{config.patch_hw[0]}x{config.patch_hw[1]}, {forward_flops(config) / 1e9:.2f} GFLOP forward an image",
+        f"{config.patch_hw[0]}x{config.patch_hw[1]}, {work}",
         f"data       {samples:,} images ({where}), {per_epoch:,} steps an epoch",
         f"batch      {recipe.data.batch_size} = {size} process(es) x {recipe.data.accumulate} part(s) x {part}",
-        f"schedule   {total:,} steps, {warmup:,} of them warm-up, {total * recipe.data.batch_size:,} images; rate 0 -> "
-        f"{recipe.optimizer.lr:g} -> {recipe.schedule.min_lr:g}",
+        f"schedule   {total:,} steps, {warmup:,} of them warm-up, {total * recipe.data.batch_size:,} images; "
+        f"rate {first:g} -> {recipe.optimizer.lr:g} -> {recipe.schedule.min_lr:g}",
         f"memory     estimate for each process: {state / 2**30:.2f} GiB of weights, gradients, optimiser"
         f"{', average' if recipe.run.ema_decay is not None else ''}; {kept / 2**30:.2f} GiB kept by the "
-        f"{'vision blocks' if recipe.task == 'clip' else 'blocks'} for backward; {_BESIDE[recipe.task]}temporaries "
-        "come on top",
+        f"blocks for backward; {'the teacher and ' if recipe.task == 'pretrain' else ''}temporaries come on top",
     ]
     if measured is None:
         lines.append("time       --measure N times steps on N random images here and now")

@@ -69,12 +69,17 @@ def steps_of(schedule: Schedule, steps_per_epoch: int) -> tuple[int, int]:
 def make_schedule(optimizer: torch.optim.Optimizer, schedule: Schedule, steps_per_epoch: int) -> Any:
     """timm's cosine: `step_update(i)` sets the rates of step i, a function of i alone (nothing to save or restore).
 
-    Linear from 0 at step 0 to the peak at step `warmup`, then half a cosine that reaches min_lr after the last step.
+    Linear from 0 at step 0 to the peak at step `warmup`, or one step earlier without `warmup_from_zero`; then half a
+    cosine that reaches min_lr after the last step.
     """
     from timm.scheduler import CosineLRScheduler
 
+    class OneAhead(CosineLRScheduler):
+        def _get_lr(self, t: int) -> list[float]:
+            return super()._get_lr(t + 1 if t < self.warmup_t else t)
+
     total, warmup = steps_of(schedule, steps_per_epoch)
-    return CosineLRScheduler(
+    return (CosineLRScheduler if schedule.warmup_from_zero else OneAhead)(
         optimizer,
         t_initial=total - warmup,
         lr_min=schedule.min_lr,

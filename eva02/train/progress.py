@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from eva02.clip.config import TextConfig
 from eva02.config import ModelConfig
 from eva02.files import atomic_file
 
@@ -36,6 +37,12 @@ def forward_flops(config: ModelConfig) -> int:
     else:
         read, head = tokens * depth, dim * config.num_classes
     return 2 * (depth * tokens * attention + read * after + patch + head)
+
+
+def text_flops(config: TextConfig) -> int:
+    """The same of one text."""
+    tokens, width, hidden = config.context_length, config.width, config.hidden_features
+    return 2 * config.depth * tokens * (4 * width**2 + 2 * tokens * width + 2 * width * hidden)
 
 
 def measured_peak(device: torch.device, precision: str) -> tuple[float, str] | None:
