@@ -233,8 +233,6 @@ MUTANTS = (
              "qkv_rope"),
     epilogue("project_rope_keys_beyond_a_head_table", "project_rope", "head < heads ? head : head - heads", "head",
              "qkv_rope"),
-    epilogue("project_rope_first_head_forgotten", "project_rope", "static_cast<int>(p.first_head) + c / head_dim",
-             "c / head_dim", "qkv_rope", "a weight with a first head is of keys or values alone, counted from 0"),
     epilogue("scaled_gradient_without_layer_scale", "output_gradient", "x[i] *= scale[i];", "x[i] *= 1.f;", "linear"),
     epilogue("bias_sums_of_the_last_row", "output_gradient", "sums[i] += x[i] *= row_scale;",
              "sums[i] = x[i] *= row_scale;", "linear"),

@@ -452,8 +452,6 @@ MUTANTS = (
     M("qkv_backward_leaves_v", QKV_STEPS, "bwd", "d[:, :, heads + kv_heads :] = ", "_ = ", "qkv_rope"),
     M("qkv_table_gradient_of_rotated_q", QKV_STEPS, "bwd", "rotate(qkv[:, :, at], rope, inverse=True)",
       "rotate(qkv[:, :, at], rope, inverse=False)", "qkv_rope"),
-    M("qkv_first_head_forgotten", QKV, "_qkv_rope_kernel", "FIRST_HEAD + pair // HALF", "pair // HALF", "qkv_rope",
-      equivalent="a separate weight of k has at most H heads: rotated too, and at the same places of a table"),
     # ---- attention ---------------------------------------------------------------------------------------------------
     M("attention_scale_forgotten", ATTENTION, FWD, "tl.cast(scale, tl.float32) * LOG2_E",
       "tl.cast(1.0, tl.float32) * LOG2_E", ATTENTIONS),

@@ -51,6 +51,9 @@ __device__ void store_span(T* p, int n, const float* v) {
 
 // The angles of pairs first ... first + n - 1.
 __device__ void load_angles(const float* const (&runs)[2], int first, int n, int quarter, float (&v)[kPairs]) {
+  const float* run = first < quarter ? runs[0] + first : runs[1] + (first - quarter);
+  if (quarter % kPairs == 0 && n == kPairs && reinterpret_cast<uintptr_t>(run) % (kPairs * sizeof(float)) == 0)
+    return load_pack<kPairs>(run, v);
 #pragma unroll
   for (int i = 0; i < kPairs; ++i) {
     const int pair = first + i;

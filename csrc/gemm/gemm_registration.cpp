@@ -18,22 +18,27 @@ Order order_of(int64_t k_stride, int64_t K, int64_t outer_stride, int64_t outer)
   return {k_stride == 1 || K <= 1, outer_stride == 1 || outer <= 1};
 }
 
-Product product_of(const OptTensor& a, const OptTensor& b, const OptTensor& b2, const OptTensor& values,
-                   const OptTensor& values2, const Tensor& like, bool tf32) {
+// A (rows, K) times B (K, N), whose operands are still to be named.
+Product product_of_sizes(const Tensor& like, bool tf32, int64_t rows, int64_t N, int64_t K) {
   Product p{};
   p.dtype = dtype_of(like, "a");
   p.tf32 = tf32;
+  p.rows = rows;
+  p.N = N;
+  p.K = K;
+  return p;
+}
+
+Product product_of(const OptTensor& a, const OptTensor& b, const OptTensor& b2, const OptTensor& values,
+                   const OptTensor& values2, const Tensor& like, bool tf32) {
   if (values.has_value() && values->defined()) {
+    Product p = product_of_sizes(like, tf32, values->size(0), values->size(1), 0);
     p.values = ptr(values);
     p.values2 = ptr(values2);
-    p.rows = values->size(0);
-    p.N = values->size(1);
     p.values_stride = values->stride(0);
     return p;
   }
-  p.rows = a->size(0);
-  p.K = a->size(1);
-  p.N = b->size(1);
+  Product p = product_of_sizes(like, tf32, a->size(0), b->size(1), a->size(1));
   const Order in_a = order_of(a->stride(1), p.K, a->stride(0), p.rows);
   const Order in_b = order_of(b->stride(0), p.K, b->stride(1), p.N);
   p.b.k_contiguous = in_b.k;
@@ -51,20 +56,25 @@ int64_t rows_per_sample(const OptTensor& row_scale, int64_t rows) {
   return ptr(row_scale) == nullptr ? 1 : rows / row_scale->size(0);
 }
 
+ProjectParams project_params(const Product& product, const OptTensor& bias, const OptTensor& residual,
+                             const OptTensor& layer_scale, const OptTensor& row_scale, const Tensor& out) {
+  return {.product = product,
+          .bias = param_of(bias, "bias"),
+          .layer_scale = param_of(layer_scale, "layer_scale"),
+          .row_scale = ptr_as<const float>(row_scale),
+          .rows_per_sample = rows_per_sample(row_scale, out.size(0)),
+          .residual = ptr(residual),
+          .out = ptr(out),
+          .out_float32 = dtype_of(out, "out") == DType::f32,
+          .residual_stride = row_stride(residual),
+          .out_stride = out.stride(0)};
+}
+
 void project(OptTensor a, OptTensor b, OptTensor values, OptTensor bias, OptTensor residual, OptTensor layer_scale,
              OptTensor row_scale, bool tf32, Tensor out) {
   const Tensor& like = values.has_value() ? *values : *a;
-  run_project({.product = product_of(a, b, {}, values, {}, like, tf32),
-               .bias = param_of(bias, "bias"),
-               .layer_scale = param_of(layer_scale, "layer_scale"),
-               .row_scale = ptr_as<const float>(row_scale),
-               .rows_per_sample = rows_per_sample(row_scale, out.size(0)),
-               .residual = ptr(residual),
-               .out = ptr(out),
-               .out_float32 = dtype_of(out, "out") == DType::f32,
-               .residual_stride = row_stride(residual),
-               .out_stride = out.stride(0)},
-              target_of(out));
+  const Product product = product_of(a, b, {}, values, {}, like, tf32);
+  run_project(project_params(product, bias, residual, layer_scale, row_scale, out), target_of(out));
 }
 
 void activate(OptTensor a, OptTensor w_gate, OptTensor w_up, OptTensor gate_values, OptTensor up_values,
@@ -110,16 +120,7 @@ void project_normed(Tensor a, Tensor b, Tensor mean, Tensor rstd, Tensor weight_
                     OptTensor layer_scale, OptTensor row_scale, bool tf32, Tensor out) {
   const Product product = product_of(a, b, {}, {}, {}, a, tf32);
   STD_TORCH_CHECK(product.b.k_contiguous, "b: expected (K, N) with contiguous columns");
-  run_project_normed({.project = {.product = product,
-                                  .bias = param_of(shift, "shift"),
-                                  .layer_scale = param_of(layer_scale, "layer_scale"),
-                                  .row_scale = ptr_as<const float>(row_scale),
-                                  .rows_per_sample = rows_per_sample(row_scale, out.size(0)),
-                                  .residual = ptr(residual),
-                                  .out = ptr(out),
-                                  .out_float32 = dtype_of(out, "out") == DType::f32,
-                                  .residual_stride = row_stride(residual),
-                                  .out_stride = out.stride(0)},
+  run_project_normed({.project = project_params(product, shift, residual, layer_scale, row_scale, out),
                       .mean = ptr_as<const float>(mean),
                       .rstd = ptr_as<const float>(rstd),
                       .weight_sums = ptr_as<const float>(weight_sums)},
@@ -130,11 +131,7 @@ void project_parts(Tensor a, Tensor w0, Tensor w1, Tensor w2, OptTensor b0, OptT
                    Tensor out) {
   STD_TORCH_CHECK(w1.stride(0) == w0.stride(0) && w2.stride(0) == w0.stride(0), "weights: expected one row stride");
   ProjectPartsParams p{};
-  p.product.dtype = dtype_of(a, "a");
-  p.product.tf32 = tf32;
-  p.product.rows = a.size(0);
-  p.product.K = a.size(1);
-  p.product.N = out.size(1);
+  p.product = product_of_sizes(a, tf32, a.size(0), out.size(1), a.size(1));
   p.product.a = {ptr(a), a.stride(0), true};
   p.product.b = {ptr(w0), w0.stride(0), true};
   const Tensor* const weights[] = {&w0, &w1, &w2};
@@ -166,11 +163,7 @@ void weight_gradient(Tensor dy, Tensor a, bool tf32, std::vector<int64_t> first,
                      OptTensor dw2, OptTensor db0, OptTensor db1, OptTensor db2) {
   STD_TORCH_CHECK(first.size() == 3, "first: expected 3 columns, found ", first.size());
   WeightGradientParams p{};
-  p.product.dtype = dtype_of(dy, "dy");
-  p.product.tf32 = tf32;
-  p.product.rows = dy.size(1);
-  p.product.K = dy.size(0);
-  p.product.N = a.size(1);
+  p.product = product_of_sizes(dy, tf32, dy.size(1), a.size(1), dy.size(0));
   p.product.a = {ptr(dy), dy.stride(0), false};
   p.product.b = {ptr(a), a.stride(0), false};
   p.parts[0] = part_of_gradient(dw0, db0, first[0]);
@@ -200,8 +193,8 @@ void hidden_gradient(OptTensor a, OptTensor b, OptTensor values, Tensor gate, Op
 
 void project_rope(Tensor a, Tensor b, OptTensor bias, OptTensor rope_cos, OptTensor rope_sin, OptTensor rope_grids,
                   std::vector<int64_t> rope_grid, std::string rope_layout, int64_t num_prefix_tokens,
-                  OptTensor keep_idx, int64_t seq_len, int64_t first_head, int64_t num_heads, int64_t num_kv_heads,
-                  int64_t head_dim, bool tf32, Tensor out) {
+                  OptTensor keep_idx, int64_t seq_len, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim,
+                  bool tf32, Tensor out) {
   STD_TORCH_CHECK(seq_len > 0 ? a.size(0) % seq_len == 0 : a.size(0) == 0, "seq_len: expected a divisor of the ",
                   a.size(0), " rows of a, found ", seq_len);
   const RopeTokens tokens{seq_len > 0 ? a.size(0) / seq_len : 0, seq_len, head_dim, num_heads, num_kv_heads};
@@ -214,9 +207,8 @@ void project_rope(Tensor a, Tensor b, OptTensor bias, OptTensor rope_cos, OptTen
                     .out = ptr(out),
                     .out_stride = out.stride(0),
                     .seq_len = seq_len,
-                    .first_head = first_head,
                     .heads = num_heads,
-                    .rotated = (num_heads + num_kv_heads - first_head) * head_dim},
+                    .rotated = (num_heads + num_kv_heads) * head_dim},
                    target_of(a));
 }
 
@@ -281,7 +273,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(eva02_kernels_C, m) {
         "(Tensor? a, Tensor? b, Tensor? values, Tensor gate, Tensor? up, bool tf32, Tensor(a!) dgate, Tensor(b!)? dup, "
         "Tensor(c!)? hidden, Tensor(d!)? db_gate, Tensor(e!)? db_up) -> ()");
   m.def("project_rope" EVA02_TARGET "(Tensor a, Tensor b, Tensor? bias, " EVA02_ROPE_SCHEMA
-        ", int seq_len, int first_head, int num_heads, int num_kv_heads, int head_dim, bool tf32, Tensor(a!) out) -> "
+        ", int seq_len, int num_heads, int num_kv_heads, int head_dim, bool tf32, Tensor(a!) out) -> "
         "()");
   m.def("scale_and_sum" EVA02_TARGET
         "(Tensor x, Tensor? layer_scale, Tensor? row_scale, Tensor(a!)? scaled, Tensor(b!)? row_scaled, Tensor(c!)? "

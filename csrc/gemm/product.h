@@ -106,14 +106,15 @@ struct HiddenGradientParams {
   int64_t gate_stride, dgate_stride, hidden_stride;
 };
 
-// out = y + bias with its first `rotated` columns, heads from first_head on, rotated (interleaved pairs).
+// out = y + bias with its first `rotated` columns, heads of q and then of k, rotated (interleaved pairs). Heads of k
+// alone are like heads of q.
 struct ProjectRopeParams {
   Product product;
   Param bias;
   RopeTable rope;
   void* out;
   int64_t out_stride;
-  int64_t seq_len, first_head, heads;  // tokens of a sample; columns begin at first_head; heads of q, then those of k
+  int64_t seq_len, heads;  // tokens of a sample; heads of q
   int64_t rotated;
 };
 

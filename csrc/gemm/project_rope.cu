@@ -33,7 +33,7 @@ struct ProjectRope {
     for (int two = 0; two < kColumns; two += 4) {
       const int c = column + two;
       if (two == 0 || head_dim % kColumns != 0) {
-        const int head = static_cast<int>(p.first_head) + c / head_dim, heads = static_cast<int>(p.heads);
+        const int head = c / head_dim, heads = static_cast<int>(p.heads);
         rotated = c < p.rotated && two < n &&
                   rope_angles(p.rope, sample, row - sample * tokens, head < heads ? head : head - heads, angles);
       }

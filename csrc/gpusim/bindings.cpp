@@ -82,6 +82,9 @@ py::dict launch(const Program& p, std::array<u32, 3> grid, std::array<u32, 3> bl
         py::make_tuple(t.loaded, t.stored, t.load_sectors, t.store_sectors, reinterpret_cast<u64>(r.host));
   }
   py::dict out;
+  out["grid"] = run.grid;
+  out["block"] = run.block;
+  out["shared"] = run.dynamic_shared;
   out["faults"] = faults;
   out["counters"] = counters;
   out["distinct"] = distinct;

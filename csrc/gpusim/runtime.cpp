@@ -76,9 +76,16 @@ std::string refusal(const std::string& kind, const std::string& message, int lin
          R"("address":0,"tensor":""})";
 }
 
-std::string json_of_launch(const std::string& kernel, const std::string& faults, const std::string& counters = "",
-                           const std::string& distinct = "", const std::string& output = "") {
-  return R"({"kernel":)" + json(kernel) + R"(,"faults":[)" + faults + R"(],"counters":[)" + counters +
+struct Shape {  // of a launch; zeros where it did not come to one
+  std::array<u32, 3> grid{}, block{};
+  u64 shared = 0;
+};
+
+std::string json_of_launch(const std::string& kernel, const Shape& shape, const std::string& faults,
+                           const std::string& counters = "", const std::string& distinct = "",
+                           const std::string& output = "") {
+  return R"({"kernel":)" + json(kernel) + R"(,"grid":)" + json(shape.grid) + R"(,"block":)" + json(shape.block) +
+         R"(,"shared":)" + json(shape.shared) + R"(,"faults":[)" + faults + R"(],"counters":[)" + counters +
          R"(],"distinct":{)" + distinct + R"(},"output":)" + json(output) + '}';
 }
 
@@ -97,7 +104,7 @@ std::string json(const Launch& run, const std::string& kernel) {
                          json(t.load_sectors) + ',' + json(t.store_sectors) + ',' +
                          json(reinterpret_cast<u64>(run.regions[i].host)) + ']');
   }
-  return json_of_launch(kernel, faults, counters, distinct, run.output);
+  return json_of_launch(kernel, {run.grid, run.block, run.dynamic_shared}, faults, counters, distinct, run.output);
 }
 
 struct LoadedModule {
@@ -238,7 +245,7 @@ struct Runtime {
       if (p == nullptr) p = std::make_unique<Program>(kernel.module->text, kernel.name, perturbation);
     } catch (const PtxError& error) {
       if (recording)
-        append(recorded, json_of_launch(kernel.name, refusal("unsupported", error.what(), error.line)));
+        append(recorded, json_of_launch(kernel.name, {}, refusal("unsupported", error.what(), error.line)));
       else
         fprintf(stderr, "gpusim: %s: PTX line %d: %s\n", kernel.name.c_str(), error.line, error.what());
     }
@@ -291,7 +298,7 @@ struct Runtime {
   cudaError_t launch(const Kernel& kernel, dim3 grid, dim3 block, void** args, size_t shared) {
     if (sticky != cudaSuccess) return fail(sticky);
     const auto refuse = [&](cudaError_t error, const std::string& why) {
-      if (recording) append(recorded, json_of_launch(kernel.name, refusal("refused", "refused launch: " + why, 0)));
+      if (recording) append(recorded, json_of_launch(kernel.name, {}, refusal("refused", "refused launch: " + why, 0)));
       return fail(error);
     };
     const u64 threads = static_cast<u64>(block.x) * block.y * block.z;

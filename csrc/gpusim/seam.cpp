@@ -25,6 +25,6 @@ EVA02_EXPORTED const char* eva02_gpusim_view(uint64_t address, uint64_t bytes) {
 EVA02_EXPORTED const char* eva02_gpusim_unmap(uint64_t address) { return gpusim::unmap_memory(address); }
 
 // Ends the recording: mapped memory is nobody's again, errors are forgotten, options are the environment's. Gives JSON,
-// which lives until the next call: {"launches": [{"kernel", "faults", "counters", "distinct", "output"}], "unwritten":
-// [{"tensor", "first", "bytes", "of"}]}, with the fields of outcome.h.
+// which lives until the next call: {"launches": [{"kernel", "grid", "block", "shared", "faults", "counters",
+// "distinct", "output"}], "unwritten": [{"tensor", "first", "bytes", "of"}]}, with the fields of outcome.h.
 EVA02_EXPORTED const char* eva02_gpusim_end() { return gpusim::end_recording(); }

@@ -25,27 +25,32 @@ void subln_swiglu_fwd(Tensor gate, Tensor up, Tensor weight, Tensor bias, double
                        target_of(gate));
 }
 
+SublnSwigluBwdParams bwd_params(const Tensor& dout, const Tensor& gate, const Tensor& up, const Tensor& weight,
+                                const Tensor& mean, const Tensor& rstd, const OptTensor& dgate, const OptTensor& dup,
+                                const OptTensor& dweight, const OptTensor& dbias) {
+  return {.dtype = dtype_of(gate, "gate"),
+          .dout = ptr(dout),
+          .gate = ptr(gate),
+          .up = ptr(up),
+          .weight = param_of(weight, "weight"),
+          .mean = ptr_as<float>(mean),
+          .rstd = ptr_as<float>(rstd),
+          .dgate = ptr(dgate),
+          .dup = ptr(dup),
+          .dweight = param_grad_of(dweight, "dweight"),
+          .dbias = param_grad_of(dbias, "dbias"),
+          .rows = gate.size(0),
+          .F = weight.size(0),
+          .dout_stride = dout.stride(0),
+          .gate_stride = gate.stride(0),
+          .up_stride = up.stride(0),
+          .dgate_stride = row_stride(dgate),
+          .dup_stride = row_stride(dup)};
+}
+
 void subln_swiglu_bwd(Tensor dout, Tensor gate, Tensor up, Tensor weight, Tensor mean, Tensor rstd, OptTensor dgate,
                       OptTensor dup, OptTensor dweight, OptTensor dbias) {
-  run_subln_swiglu_bwd({.dtype = dtype_of(gate, "gate"),
-                        .dout = ptr(dout),
-                        .gate = ptr(gate),
-                        .up = ptr(up),
-                        .weight = param_of(weight, "weight"),
-                        .mean = ptr_as<float>(mean),
-                        .rstd = ptr_as<float>(rstd),
-                        .dgate = ptr(dgate),
-                        .dup = ptr(dup),
-                        .dweight = param_grad_of(dweight, "dweight"),
-                        .dbias = param_grad_of(dbias, "dbias"),
-                        .rows = gate.size(0),
-                        .F = gate.size(1),
-                        .dout_stride = dout.stride(0),
-                        .gate_stride = gate.stride(0),
-                        .up_stride = up.stride(0),
-                        .dgate_stride = row_stride(dgate),
-                        .dup_stride = row_stride(dup)},
-                       target_of(dout));
+  run_subln_swiglu_bwd(bwd_params(dout, gate, up, weight, mean, rstd, dgate, dup, dweight, dbias), target_of(dout));
 }
 
 #if defined(EVA02_CUDA)
@@ -53,24 +58,7 @@ void subln_swiglu_bwd(Tensor dout, Tensor gate, Tensor up, Tensor weight, Tensor
 void subln_hidden_gradient(Tensor dout, Tensor gate, Tensor up, Tensor weight, OptTensor bias, Tensor mean, Tensor rstd,
                            Tensor dgate, Tensor dup, OptTensor hidden, OptTensor dweight, OptTensor dbias,
                            OptTensor db_gate, OptTensor db_up) {
-  run_subln_hidden_gradient({.bwd = {.dtype = dtype_of(gate, "gate"),
-                                     .dout = ptr(dout),
-                                     .gate = ptr(gate),
-                                     .up = ptr(up),
-                                     .weight = param_of(weight, "weight"),
-                                     .mean = ptr_as<float>(mean),
-                                     .rstd = ptr_as<float>(rstd),
-                                     .dgate = ptr(dgate),
-                                     .dup = ptr(dup),
-                                     .dweight = param_grad_of(dweight, "dweight"),
-                                     .dbias = param_grad_of(dbias, "dbias"),
-                                     .rows = gate.size(0),
-                                     .F = weight.size(0),
-                                     .dout_stride = dout.stride(0),
-                                     .gate_stride = gate.stride(0),
-                                     .up_stride = up.stride(0),
-                                     .dgate_stride = dgate.stride(0),
-                                     .dup_stride = dup.stride(0)},
+  run_subln_hidden_gradient({.bwd = bwd_params(dout, gate, up, weight, mean, rstd, dgate, dup, dweight, dbias),
                              .bias = param_of(bias, "bias"),
                              .hidden = ptr(hidden),
                              .gate_sums = param_grad_of(db_gate, "db_gate"),

@@ -129,11 +129,11 @@ def hidden_gradient_rows(dhidden: Tensor, kept: Tensor, dkept: Tensor, hidden: T
 
 
 def project_rope(
-    a: Tensor, weight: Tensor, bias: Tensor | None, rope: Sequence[Any], tokens: int, first_head: int, heads: int,
-    kv_heads: int, head_dim: int, out: Tensor,
+    a: Tensor, weight: Tensor, bias: Tensor | None, rope: Sequence[Any], tokens: int, heads: int, kv_heads: int,
+    head_dim: int, out: Tensor,
 ) -> None:  # fmt: skip
-    lib.project_rope(a, weight.t(), bias, *contiguous(*rope[:2]), *rope[2:], tokens, first_head, heads, kv_heads,
-                     head_dim, _tf32(a), out)  # fmt: skip
+    lib.project_rope(a, weight.t(), bias, *contiguous(*rope[:2]), *rope[2:], tokens, heads, kv_heads, head_dim,
+                     _tf32(a), out)  # fmt: skip
 
 
 # ---- gradients of scales and biases ----------------------------------------------------------------------------------

@@ -109,10 +109,10 @@ class Kernels(Protocol):
 
     @staticmethod
     def project_rope(
-        a: Tensor, weight: Tensor, bias: Tensor | None, rope: Any, tokens: int, first_head: int, heads: int,
-        kv_heads: int, head_dim: int, out: Tensor,
+        a: Tensor, weight: Tensor, bias: Tensor | None, rope: Any, tokens: int, heads: int, kv_heads: int,
+        head_dim: int, out: Tensor,
     ) -> None:  # fmt: skip
-        """out = a weight^T + bias, heads of q and k rotated; columns are heads from first_head on, interleaved."""
+        """out = a weight^T + bias, heads of q and k, or of either, rotated (interleaved pairs)."""
 
     @staticmethod
     def scale_and_sum(

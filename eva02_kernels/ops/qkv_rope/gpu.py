@@ -56,7 +56,7 @@ def fwd(on: Kernels, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     if in_epilogue:
         for first, weight, bias in zip((0, heads), weights, biases, strict=False):
             part = out[:, first * head_dim : first * head_dim + weight.shape[0]]
-            on.project_rope(normed, weight, bias, table, tokens, first, heads, kv_heads, head_dim, part)
+            on.project_rope(normed, weight, bias, table, tokens, heads, kv_heads, head_dim, part)
             rotated += weight.shape[0]
         weights, biases = weights[2:], biases[2:]
     project_parts(on, normed, weights, biases, out[:, rotated:])

@@ -23,7 +23,7 @@ from eva02_kernels.rope import RopeArgs
 def _qkv_rope_kernel(
     a_ptr, b_ptr, bias_ptr, out_ptr, cos_ptr, sin_ptr, grids_ptr, keep_idx_ptr, M, S, stride_a, stride_b, stride_out,
     prefix, num_kept, height, width, table_rows,
-    FIRST_HEAD: tl.constexpr, H: tl.constexpr, ROTATED: tl.constexpr, HALF: tl.constexpr, AXIS: tl.constexpr,
+    H: tl.constexpr, ROTATED: tl.constexpr, HALF: tl.constexpr, AXIS: tl.constexpr,
     SWAP: tl.constexpr, PER_HEAD: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -37,7 +37,7 @@ def _qkv_rope_kernel(
         cols = tile_n * BLOCK_N + half * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
         y = add_columns(halves[half], bias_ptr, cols, N)
         pair = tile_n * (BLOCK_N // 2) + half * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
-        head = FIRST_HEAD + pair // HALF
+        head = pair // HALF
         cos, sin = load_cos_sin_of_tile(
             cos_ptr, sin_ptr, grids_ptr, keep_idx_ptr, rows % S, rows < M, rows // S, pair % HALF,
             tl.where(head < H, head, head - H), head < ROTATED, prefix, num_kept, height, width, table_rows,
@@ -51,13 +51,13 @@ def _qkv_rope_kernel(
 
 
 def project_rope(
-    a: Tensor, weight: Tensor, bias: Tensor | None, rope: RopeArgs, tokens: int, first_head: int, heads: int,
-    kv_heads: int, head_dim: int, out: Tensor,
+    a: Tensor, weight: Tensor, bias: Tensor | None, rope: RopeArgs, tokens: int, heads: int, kv_heads: int,
+    head_dim: int, out: Tensor,
 ) -> None:  # fmt: skip
-    """out = a weight^T + bias, heads of q and k rotated; columns are heads from first_head on."""
+    """out = a weight^T + bias, heads of q and k, or of either, rotated (interleaved pairs)."""
     tables, integers, constants = rope_arguments(rope)
     del constants["ROTATE"], constants["INTERLEAVED"]
     width, depth = weight.shape
     launch_tiles(_qkv_rope_kernel, "rich", a, width, depth, a, weight, bias, out, *tables, a.shape[0], tokens,
-                 a.stride(0), weight.stride(0), out.stride(0), *integers, FIRST_HEAD=first_head, H=heads,
+                 a.stride(0), weight.stride(0), out.stride(0), *integers, H=heads,
                  ROTATED=heads + kv_heads, HALF=head_dim // 2, N=width, **constants)  # fmt: skip

@@ -42,6 +42,9 @@ class Report:
     """The outcome of one launch."""
 
     kernel: str
+    grid: tuple[int, int, int]  # CTAs
+    block: tuple[int, int, int]  # threads
+    dynamic_shared: int  # bytes of a CTA, beside what the kernel itself declares
     counters: Counters
     lines: dict[str, Counters]
     opcodes: dict[str, int]  # executions by warps
@@ -93,4 +96,7 @@ def report_of(kernel: str, outcome: dict[str, Any], errors: list[SimulationError
                 c.shared_store_bytes += size * store
                 c.shared_load_bytes += size * (not store)
     traffic = {name: Traffic(*values) for name, values in outcome["distinct"].items()}
-    return Report(kernel, total, dict(lines), dict(opcodes), traffic, errors, outcome["output"])
+    grid, block = tuple(outcome["grid"]), tuple(outcome["block"])
+    return Report(
+        kernel, grid, block, outcome["shared"], total, dict(lines), dict(opcodes), traffic, errors, outcome["output"]
+    )
