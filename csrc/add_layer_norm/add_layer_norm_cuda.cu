@@ -3,9 +3,9 @@
 //           with the norm's parameter gradients and the layer scale's as partial sums of CTAs, which a second kernel
 //           adds
 // Bytes     forward moves 4n elements; backward 4n, plus n for dx where it differs from dresidual and n to read x for
-//           the layer scale: the minimum of both; a partial sum is a float for 32 rows of a column
-// Launch    a CTA takes rows in turn, 8 columns a thread; forward as many CTAs as fill the device, backward 32 rows
-//           each; shared memory: weight and bias, backward the sums, at most 12 bytes a column
+//           the layer scale: the minimum of both; a partial sum is a float for 32 or 64 rows of a column
+// Launch    a CTA takes rows in turn, 8 columns a thread; forward as many CTAs as fill the device, backward fewer,
+//           for long sums; shared memory: weight and bias, backward the sums, at most 12 bytes a column
 // Numerics  float32 inside; sum is rounded to the dtype before its statistics, so that normed is a function of the sum
 //           that is kept; variance from centred values
 // Limits    last dim contiguous; any row stride and C up to 8192; 16-byte accesses where pointers and strides allow

@@ -337,12 +337,14 @@ inline int row_ctas(int64_t rows, int threads) {
   return static_cast<int>(rows < resident ? rows : resident);
 }
 
-// CTAs where each sums its rows into partial sums of its own: few enough that these are 1/16 of the 16-bit rows they
-// come from.
+// CTAs where each sums its rows into partial sums of its own, whose bytes are to be few beside the rows': of 64 rows,
+// but of 32 where there would be fewer than four CTAs for a multiprocessor.
 inline int summing_ctas(int64_t rows, int threads) {
-  const int64_t few = ceil_div<int64_t>(rows, 32);
-  const int ctas = row_ctas(rows, threads);
-  return static_cast<int>(few < ctas ? few : ctas);
+  const int64_t long_sums = ceil_div<int64_t>(rows, 64), short_sums = ceil_div<int64_t>(rows, 32);
+  const int64_t enough = 4 * static_cast<int64_t>(num_sms());
+  const int64_t ctas = short_sums < enough ? short_sums : long_sums < enough ? enough : long_sums;
+  const int64_t resident = row_ctas(rows, threads);
+  return static_cast<int>(ctas < resident ? ctas : resident);
 }
 
 // Starts a kernel that keeps `own` floats for each of its columns: three for as many columns as a row can have.

@@ -1,7 +1,7 @@
 // gather_layer_norm: out[m] = LayerNorm(x[index[m]]) * w + b; a padding row (index[m] < 0) is zero, statistics included
 // Fused     gather, LayerNorm (eager: two kernels over n selected elements, or LayerNorm over all N tokens first)
 // Bytes     forward moves 2n elements; backward reads 2n and writes dx once: the minimum of both; partial sums of the
-//           parameters' gradients a float for 32 rows of a column
+//           parameters' gradients a float for 32 or 64 rows of x and a column
 // Launch    a CTA takes rows in turn, 8 columns a thread: selected rows forward, rows of x backward, with the weight
 //           and the sums in shared memory, 12 bytes a column
 // Numerics  float32 inside, one rounding; a row selected k times sums its k output gradients before the one norm

@@ -3,9 +3,9 @@
 //           gradients as partial sums of CTAs, which a second kernel adds; inside an MLP also y again and the gradients
 //           of the biases of gate and up
 // Bytes     forward moves 3n elements, backward 5n, with y 6n: the minimum; mean and rstd are 8 bytes a row, a partial
-//           sum is a float for 32 rows of a column
-// Launch    a CTA takes rows in turn, 8 columns a thread; forward as many CTAs as fill the device, backward 32 rows
-//           each, with the weight and the sums in shared memory, 12 bytes a column, 24 in an MLP
+//           sum is a float for 32 or 64 rows of a column
+// Launch    a CTA takes rows in turn, 8 columns a thread; forward as many CTAs as fill the device, backward fewer,
+//           for long sums, with the weight and the sums in shared memory, 12 bytes a column, 24 in an MLP
 // Numerics  float32 inside, one rounding at the store; variance from centred values; sums of unrounded gradients
 // Limits    last dim contiguous; any row stride and F up to 8192, 4096 in an MLP; 16-byte accesses where pointers and
 //           strides allow
