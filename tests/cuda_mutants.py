@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -324,6 +325,7 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="print the mutants and their changes, run nothing")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="mutants of these names (* and ? stand for any text)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every outcome to FILE")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="mutants at a time (default: 1)")
     args = parser.parse_args()
     mutants = [m for m in MUTANTS if not args.only or any(fnmatch.fnmatch(m.name, p) for p in args.only)]
     if not mutants:
@@ -335,10 +337,10 @@ def main() -> None:
     if not BUILD.exists():
         parser.error(f"there is no {BUILD.relative_to(ROOT)}: run `make cuda-simulator`")
     results = []
-    for mutant in mutants:
-        results.append(run(mutant))
-        last = results[-1]
-        print(f"{last['name']:<50} {last['seconds']:6.1f} s  {last['status']}  {last['noticed']}", flush=True)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for last in pool.map(run, mutants):
+            results.append(last)
+            print(f"{last['name']:<50} {last['seconds']:6.1f} s  {last['status']}  {last['noticed']}", flush=True)
     counts = {s: sum(r["status"] == s for r in results) for s in ("killed", "equivalent")}
     print(f"{len(results)} mutants: {counts['killed']} killed, {counts['equivalent']} equivalent")
     if args.json:
