@@ -24,6 +24,7 @@ from eva02_kernels._registry import get_spec
 from eva02_kernels.bench.machine import environment
 from eva02_kernels.bench.report import print_table, write_json
 from eva02_kernels.testing import executing
+from eva02_kernels.testing.gpusim.report import Report
 
 
 def _unrotated(i: Inputs) -> Arguments:
@@ -92,28 +93,45 @@ def _backward(outputs: Any, leaves: list[Tensor]) -> None:
     torch.autograd.grad(out, leaves, [torch.ones_like(o) for o in out], allow_unused=True)
 
 
-def _count(case: Case, model: str, batch: int, backend: str) -> dict[str, Moved]:
-    i = case.inputs(model, torch.bfloat16, batch=batch)
+@dataclasses.dataclass
+class Launched:
+    """By an operator in one direction."""
+
+    minimum: int  # bytes
+    torch_bytes: int  # of torch's own kernels
+    reports: list[Report]  # of ours
+
+    @property
+    def requested_bytes(self) -> int:
+        counters = [r.counters for r in self.reports]
+        return self.torch_bytes + 32 * sum(c.global_load_sectors + c.global_store_sectors for c in counters)
+
+
+def run_case(case: Case, i: Inputs, backend: str) -> dict[str, Launched]:
+    """An operator on the simulator, forward and backward."""
     args, kwargs = case.make(i)
     _fill(i.leaves)
-    spec, reports, calls = get_spec(case.op), [], Tensors()
-
-    def so_far() -> tuple[int, int]:
-        return (
-            calls.bytes + sum(t.loaded_bytes + t.stored_bytes for r in reports for t in r.traffic.values()),
-            calls.bytes + 32 * sum(r.counters.global_load_sectors + r.counters.global_store_sectors for r in reports),
-        )
-
+    spec, calls = get_spec(case.op), Tensors()
+    reports: list[Report] = []
     with executing("simulator", on_report=reports.append), counting(calls):
         outputs = getattr(eva02_kernels, case.op)(*args, **kwargs, backend=backend)
-        forward = so_far()
+        launches, moved = len(reports), calls.bytes
         _backward(outputs, i.leaves)
-    both = so_far()
     least = spec.bytes_moved(*spec.canonical(*args, **kwargs))
     return {
-        "fwd": Moved(least[0], *forward),
-        "bwd": Moved(least[1], *(b - f for b, f in zip(both, forward, strict=True))),
+        "fwd": Launched(least[0], moved, reports[:launches]),
+        "bwd": Launched(least[1], calls.bytes - moved, reports[launches:]),
     }
+
+
+def _count(case: Case, model: str, batch: int, backend: str) -> dict[str, Moved]:
+    found = run_case(case, case.inputs(model, torch.bfloat16, batch=batch), backend)
+
+    def moved(of: Launched) -> Moved:
+        distinct = sum(t.loaded_bytes + t.stored_bytes for r in of.reports for t in r.traffic.values())
+        return Moved(of.minimum, of.torch_bytes + distinct, of.requested_bytes)
+
+    return {direction: moved(of) for direction, of in found.items()}
 
 
 def count(case: Case, model: str, backend: str) -> dict[str, Moved]:

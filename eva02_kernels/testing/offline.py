@@ -66,6 +66,18 @@ def access_widths(opcodes: Counter[str]) -> dict[int, int]:
     return dict(widths)
 
 
+def occupancy(arch: int, threads: int, registers: int, shared: int) -> float:
+    """Resident threads over a multiprocessor's: by a block's threads, a thread's registers, a block's shared bytes."""
+    _, most_shared, most_registers, most_threads, most_blocks = LIMITS[arch]
+    warps = -(-threads // 32)
+    # Registers are given to warps in units of 256, shared memory in units of 128 bytes plus 1 KiB a block from 8.0.
+    per_warp = -(-registers * 32 // 256) * 256
+    blocks = min(most_threads // (32 * warps), most_registers // (per_warp * warps), most_blocks)
+    if shared:
+        blocks = min(blocks, most_shared // (-(-shared // 128) * 128 + (1024 if arch >= 80 else 0)))
+    return blocks * 32 * warps / most_threads
+
+
 @dataclass
 class Kernel:
     """One compiled kernel, and how often it was launched."""
@@ -111,15 +123,7 @@ class Kernel:
 
     @property
     def occupancy(self) -> float:
-        """Resident threads over a multiprocessor's, by registers, shared memory and threads."""
-        _, shared, registers, threads, most = LIMITS[self.arch]
-        size = 32 * self.num_warps
-        # Registers are given to warps in units of 256, shared memory in units of 128 bytes plus 1 KiB a block from 8.0.
-        per_warp = -(-self.registers * 32 // 256) * 256
-        blocks = min(threads // size, registers // (per_warp * self.num_warps), most)
-        if self.shared:
-            blocks = min(blocks, shared // (-(-self.shared // 128) * 128 + (1024 if self.arch >= 80 else 0)))
-        return blocks * size / threads
+        return occupancy(self.arch, 32 * self.num_warps, self.registers, self.shared)
 
 
 def _disassemble(tool: str, option: str, binary: bytes) -> str:
