@@ -41,8 +41,9 @@ Examples:
   python -m benchmarks.cuda_kernels --simulate --check                        `make cuda-simulator` builds what runs
 """
 FIELDS = ("registers", "spills", "shared", "widths", "matrix", "occupancy")
-# Kernels over rows are held to the minimum at this batch size; what they move for fewer is only compared.
-BATCH, FEW = 128, 4
+# Model and samples: kernels over rows are held to the minimum of a whole batch; what they move for a few samples of
+# wider rows is only compared.
+BATCH, FEW = ("small", 128), ("base", 4)
 EXCEPTIONS = {
     "gather_layer_norm bwd": "a float32 partial sum of the parameters' gradients is of 64 tokens, half of which are "
     "picked; with one of 128 there would be hardly a CTA for a multiprocessor",
@@ -53,7 +54,7 @@ EPILOG = f"""\
 The budget is {BUDGET.relative_to(Path(__file__).parents[1])}: a kernel is worse with more registers, shared memory or
 spills, narrower accesses, or another kind of matrix instruction. All but spills and matrix instructions are compared
 only where the nvcc is that of the budget. Of what is simulated: more threads or dynamic shared memory, more bytes, or
-distinct bytes beyond {MAX_RATIO} of the minimum at {BATCH} samples.
+distinct bytes beyond {MAX_RATIO} of the minimum at {BATCH[1]} samples.
 """
 
 
@@ -169,9 +170,9 @@ def launches_of(cases: Sequence[Case], progress: Callable[[str], None]) -> dict[
 
 
 def moved_by_rows(
-    cases: Sequence[Case], batch: int, progress: Callable[[str], None]
+    cases: Sequence[Case], model: str, batch: int, progress: Callable[[str], None]
 ) -> dict[str, dict[str, tuple[float, float]]]:
-    """Distinct and requested bytes over the minimum, of EVA-02 B's rows in bfloat16: {case: {direction: the two}}."""
+    """Distinct and requested bytes over the minimum, of a model's rows in bfloat16: {case: {direction: the two}}."""
 
     def ratios(of: Launched) -> tuple[float, float]:
         sectors = sum(t.loaded_sectors + t.stored_sectors for r in of.reports for t in r.traffic.values())
@@ -182,9 +183,9 @@ def moved_by_rows(
     for case in cases:
         if not case.rows or "base" not in case.models:
             continue
-        directions = run_case(case, case.inputs("base", torch.bfloat16, batch=batch), "cuda")
+        directions = run_case(case, case.inputs(model, torch.bfloat16, batch=batch), "cuda")
         found[f"{case.op} {case.name}"] = {direction: ratios(of) for direction, of in directions.items()}
-        progress(f"{case.op} {case.name}, {batch} samples")
+        progress(f"{case.op} {case.name}, {model}, {batch} samples")
     return found
 
 
@@ -236,21 +237,21 @@ def _has_occupancy(kernel: dict[str, Any]) -> bool:
 
 
 def print_simulated(
-    launches: dict[str, tuple[int, int]], moved: dict[int, dict[str, dict[str, tuple[float, float]]]]
+    launches: dict[str, tuple[int, int]], moved: dict[tuple[str, int], dict[str, dict[str, tuple[float, float]]]]
 ) -> None:
     print_table("launches", ("kernel", "threads", "dynamic shared bytes"),
                 [[name, str(t), str(b)] for name, (t, b) in sorted(launches.items())])  # fmt: skip
-    for batch, cases in moved.items():
+    for (model, batch), cases in moved.items():
         rows = [[case, direction, f"{distinct:.3f}", f"{requested:.3f}"]
                 for case, of in cases.items() for direction, (distinct, requested) in of.items()]  # fmt: skip
-        title = f"bytes over the minimum, EVA-02 B, {batch} samples, bfloat16"
+        title = f"bytes over the minimum, {model}, {batch} samples, bfloat16"
         print_table(title, ("case", "direction", "distinct", "requested"), rows)
 
 
 def simulate(args: argparse.Namespace, budget: dict[str, Any]) -> int:
     """--simulate: what operators launch, and what kernels over rows move."""
     launches = launches_of(CASES, _progress)
-    moved = {batch: moved_by_rows(CASES, batch, _progress) for batch in (FEW, BATCH)}
+    moved = {size: moved_by_rows(CASES, *size, _progress) for size in (FEW, BATCH)}
     lines = beyond_the_minimum(moved[BATCH])
     if args.check:
         lines += simulated_violations(budget, launches, moved[FEW])

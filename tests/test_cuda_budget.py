@@ -24,7 +24,7 @@ def test_kernels_over_rows_keep_their_budget(budget):
     """Launches, and sectors over the operator's minimum, of EVA-02 B's rows."""
     rows = [case for case in CASES if case.rows]
     launches = cuda_kernels.launches_of([case for case in rows if case.quick], _silent)
-    moved = cuda_kernels.moved_by_rows(rows, cuda_kernels.FEW, _silent)
+    moved = cuda_kernels.moved_by_rows(rows, *cuda_kernels.FEW, _silent)
     assert launches and len(moved) == len({case.op + case.name for case in rows if "base" in case.models})
     assert not cuda_kernels.simulated_violations(budget, launches, moved)
 
@@ -32,7 +32,7 @@ def test_kernels_over_rows_keep_their_budget(budget):
 @pytest.mark.full
 def test_whole_batches_move_the_minimum(budget):
     rows = [case for case in CASES if case.rows]
-    assert not cuda_kernels.beyond_the_minimum(cuda_kernels.moved_by_rows(rows, cuda_kernels.BATCH, print))
+    assert not cuda_kernels.beyond_the_minimum(cuda_kernels.moved_by_rows(rows, *cuda_kernels.BATCH, print))
 
 
 @pytest.mark.full
