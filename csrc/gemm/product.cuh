@@ -408,10 +408,9 @@ __global__ void __launch_bounds__(kProductThreads, kTf32 ? Tile::kCtas : 3)
   }
 }
 
-// The epilogue alone, of products that are in memory: a thread for 8 columns of a row. With 8 CTAs a multiprocessor
-// ptxas has registers enough; asked for none it would rather spill on 12.0 than have fewer than twelve.
+// The epilogue alone, of products that are in memory: a thread for 8 columns of a row.
 template <class T, class Epilogue>
-__global__ void __launch_bounds__(kProductThreads, 8)
+__global__ void __launch_bounds__(kProductThreads)
     epilogue_kernel(const __grid_constant__ typename Epilogue::Params params) {
   const Product& p = product_of(params);
   const int64_t pieces = ceil_div<int64_t>(p.N, kColumns);
