@@ -305,6 +305,31 @@ def test_an_mlp_keeps_gate_and_up_and_recompute_keeps_x_alone(cpu_library):
 
 
 # ---- tables and indices ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("width", [768, 1000])  # whole vectors on every instruction set, a tail with AVX-512
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("op", ["add_layer_norm", "subln_swiglu"])
+def test_outputs_that_bypass_the_caches_are_those_that_do_not(op, isa, width, cpu_library):
+    """2 MiB and more are stored past the caches; a row's values do not depend on the other rows."""
+    if _native.ISA_NAMES.index(isa) > _native.ISA_NAMES.index(_native.cpu_isa()):
+        pytest.skip(f"this CPU lacks {isa}")
+    generator = torch.Generator().manual_seed(0)
+    a, b, d = (torch.randn(1024, width, generator=generator) for _ in range(3))
+    weight, bias = torch.randn(2, width, generator=generator)
+
+    def run(rows: slice) -> list[torch.Tensor]:
+        inputs = [t[rows].clone().requires_grad_() for t in (a, b)]
+        outputs = getattr(eva02_kernels, op)(*inputs, weight, bias, backend="cpu")
+        outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
+        return [*outputs, *torch.autograd.grad(outputs, inputs, [d[rows]] * len(outputs))]
+
+    with cpu_isa(isa), nan_filled_memory():
+        whole = run(slice(None))
+        parts = [run(slice(first, first + 128)) for first in range(0, 1024, 128)]
+    for found, expected in zip(whole, zip(*parts, strict=True), strict=True):
+        assert found.numel() * 4 >= 2 << 20
+        assert torch.equal(found, torch.cat(expected))
+
+
 def test_axis_table_follows_the_formula():
     table = eva02_kernels.rope_2d((3, 5), 16, pretrain_grid=16)
     omega = 10000.0 ** (-2 * torch.arange(4, dtype=torch.float64) / 8)

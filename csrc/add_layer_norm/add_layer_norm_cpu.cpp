@@ -2,7 +2,7 @@
 // Fused     drop path, layer scale, residual add, norm (eager: 4 kernels, 11n elements moved); backward in one pass,
 //           with the norm's parameter gradients and the layer scale's
 // Bytes     forward moves 4n elements; backward 4n, plus n for dx where it differs from dresidual and n to read x for
-//           the layer scale: the minimum of both
+//           the layer scale: the minimum of both; large float32 outputs bypass the caches
 // Launch    parallel over rows, at least 16 Ki elements a thread; backward over at most 64 fixed chunks of rows
 // Numerics  float32 inside; sum is rounded to the dtype before its statistics, so that normed is a function of the sum
 //           that is kept; variance from a second pass over the row
@@ -35,6 +35,8 @@ void add_layer_norm_fwd(const AddLayerNormFwdParams& p, const Runtime& runtime) 
   load_param(w, p.weight, C, 1.f);
   load_param(b, p.bias, C, 0.f);
   load_param(scale, p.layer_scale, C, 1.f);
+  const bool streamed = is_streamed(static_cast<const T*>(p.normed), p.normed_stride, p.rows, C) &&
+                        (p.sum == nullptr || is_streamed(static_cast<const T*>(p.sum), p.sum_stride, p.rows, C));
   runtime.parallel_for(0, p.rows, row_grain(C), [&](int64_t begin, int64_t end) {
     Scratch scratch(width);
     float* s = scratch.data;
@@ -49,7 +51,7 @@ void add_layer_norm_fwd(const AddLayerNormFwdParams& p, const Runtime& runtime) 
         vf v = ld(x + i, part) * (row_scale * load(scale + i));
         if (p.residual != nullptr) v = v + ld(residual + i, part);
         v = rounded<T>(v);
-        if (p.sum != nullptr) st(sum_out + i, v, part);
+        if (p.sum != nullptr) streamed ? st_streamed(sum_out + i, v, part) : st(sum_out + i, v, part);
         store(s + i, v);
         sum.add(v, a);
       });
@@ -60,11 +62,13 @@ void add_layer_norm_fwd(const AddLayerNormFwdParams& p, const Runtime& runtime) 
       });
       const float rstd = 1.f / __builtin_sqrtf(squares.total() / static_cast<float>(C) + p.eps);
       columns(C, [&](int64_t i, auto part, int) EVA02_ALWAYS_INLINE {
-        st(out + i, (load(s + i) - mean) * rstd * load(w + i) + load(b + i), part);
+        const vf value = (load(s + i) - mean) * rstd * load(w + i) + load(b + i);
+        streamed ? st_streamed(out + i, value, part) : st(out + i, value, part);
       });
       if (!kRms && p.mean != nullptr) p.mean[row] = mean;
       p.rstd[row] = rstd;
     }
+    if (streamed) stream_fence();
   });
 }
 
@@ -78,6 +82,9 @@ void add_layer_norm_bwd(const AddLayerNormBwdParams& p, const Runtime& runtime) 
   load_param(scale, p.layer_scale, C, 1.f);
   const RowChunks chunks(p.rows);
   Scratch partials(chunks.count * kPartials * width);
+  const bool streamed =
+      is_streamed(static_cast<const T*>(p.dx), p.dx_stride, p.rows, C) &&
+      (p.dresidual == nullptr || is_streamed(static_cast<const T*>(p.dresidual), p.dresidual_stride, p.rows, C));
   runtime.parallel_for(0, chunks.count, chunks.grain(C), [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       float* dw = partials.data + chunk * kPartials * width;
@@ -111,13 +118,14 @@ void add_layer_norm_bwd(const AddLayerNormBwdParams& p, const Runtime& runtime) 
           const vf xhat = (ld(s + i, part) - mean) * rstd;
           vf d = (ld(dy + i, part) * load(w + i) - c1 - xhat * c2) * rstd;
           if (p.dsum != nullptr) d = d + ld(dsum + i, part);
-          if (p.dresidual != nullptr) st(dresidual + i, d, part);
-          const vf scaled = row_scale * d;
-          if (p.dx != nullptr) st(dx + i, scaled * load(scale + i), part);
+          if (p.dresidual != nullptr) streamed ? st_streamed(dresidual + i, d, part) : st(dresidual + i, d, part);
+          const vf scaled = row_scale * d, value = scaled * load(scale + i);
+          if (p.dx != nullptr) streamed ? st_streamed(dx + i, value, part) : st(dx + i, value, part);
           if constexpr (kScaleGrad) store(dscale + i, load(dscale + i) + scaled * ld(x + i, part));
         });
       }
     }
+    if (streamed) stream_fence();
   });
   if (kParamGrads) {
     reduce(p.dweight, partials.data, chunks.count, kPartials * width, C, runtime);

@@ -125,6 +125,22 @@ EVA02_INLINE vf load(const f16* p) {
 #endif
 }
 EVA02_INLINE void store(float* p, vf v) { memcpy(p, &v, sizeof(v)); }
+// Past the caches, which then need not read the line first; p is aligned to a vector. `stream_fence` before others
+// read.
+EVA02_INLINE void stream(float* p, vf v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, reinterpret_cast<__m512>(v));
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, reinterpret_cast<__m256>(v));
+#else
+  store(p, v);
+#endif
+}
+EVA02_INLINE void stream_fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
 EVA02_INLINE void store(bf16* p, vf v) {
   const vu u = reinterpret_cast<vu>(v);
   const vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;

@@ -1,7 +1,8 @@
 // subln_swiglu: y = LayerNorm(h) * w + b over the last dim, h = silu(g) * u, never rounded
 // Fused     sigmoid, two multiplications, LayerNorm (eager: 3 kernels, 7n elements moved); backward in one pass, with
 //           the weight and bias gradients
-// Bytes     forward moves 3n elements, backward 5n: the minimum of both; mean and rstd are 8 bytes a row
+// Bytes     forward moves 3n elements, backward 5n: the minimum of both; mean and rstd are 8 bytes a row; large float32
+//           outputs bypass the caches
 // Launch    parallel over rows, at least 16 Ki elements a thread; backward over at most 64 fixed chunks of rows
 // Numerics  float32 inside, one rounding at the store; variance from a second pass over the row
 // Limits    last dim contiguous; any row stride, any F (masked tail); one float32 row per thread stays in cache
@@ -19,6 +20,7 @@ void subln_swiglu_fwd(const SublnSwigluFwdParams& p, const Runtime& runtime) {
   float *w = params.data, *b = w + width;
   load_param(w, p.weight, F, 1.f);
   load_param(b, p.bias, F, 0.f);
+  const bool streamed = is_streamed(static_cast<const T*>(p.out), p.out_stride, p.rows, F);
   runtime.parallel_for(0, p.rows, row_grain(F), [&](int64_t begin, int64_t end) {
     Scratch scratch(width);
     float* h = scratch.data;
@@ -39,11 +41,14 @@ void subln_swiglu_fwd(const SublnSwigluFwdParams& p, const Runtime& runtime) {
         squares.add(d * d, a);
       });
       const float rstd = 1.f / __builtin_sqrtf(squares.total() / static_cast<float>(F) + p.eps);
-      columns(F, [&](int64_t i, auto part, int)
-                     EVA02_ALWAYS_INLINE { st(y + i, (load(h + i) - mean) * rstd * load(w + i) + load(b + i), part); });
+      columns(F, [&](int64_t i, auto part, int) EVA02_ALWAYS_INLINE {
+        const vf value = (load(h + i) - mean) * rstd * load(w + i) + load(b + i);
+        streamed ? st_streamed(y + i, value, part) : st(y + i, value, part);
+      });
       p.mean[row] = mean;
       p.rstd[row] = rstd;
     }
+    if (streamed) stream_fence();
   });
 }
 
@@ -55,6 +60,8 @@ void subln_swiglu_bwd(const SublnSwigluBwdParams& p, const Runtime& runtime) {
   load_param(w, p.weight, F, 1.f);
   const RowChunks chunks(p.rows);
   Scratch partials(kParamGrads ? chunks.count * 2 * width : 0);
+  const bool streamed = is_streamed(static_cast<const T*>(p.dgate), p.dgate_stride, p.rows, F) &&
+                        is_streamed(static_cast<const T*>(p.dup), p.dup_stride, p.rows, F);
   runtime.parallel_for(0, chunks.count, chunks.grain(F), [&](int64_t begin, int64_t end) {
     Scratch scratch(width);
     float* sig = scratch.data;
@@ -88,11 +95,17 @@ void subln_swiglu_bwd(const SublnSwigluBwdParams& p, const Runtime& runtime) {
           const vf gate = ld(g + i, part), up = ld(u + i, part), s = load(sig + i), silu = gate * s;
           const vf x = (silu * up - mean) * rstd;
           const vf dh = (ld(dy + i, part) * load(w + i) - c1 - x * c2) * rstd;
-          if (p.dup != nullptr) st(du + i, dh * silu, part);
-          if (p.dgate != nullptr) st(dg + i, dh * up * (s + silu * (1.f - s)), part);
+          const vf dgate = dh * up * (s + silu * (1.f - s)), dup = dh * silu;
+          if (streamed) {
+            st_streamed(dg + i, dgate, part), st_streamed(du + i, dup, part);
+          } else {
+            if (p.dup != nullptr) st(du + i, dup, part);
+            if (p.dgate != nullptr) st(dg + i, dgate, part);
+          }
         });
       }
     }
+    if (streamed) stream_fence();
   });
   if (kParamGrads) {
     reduce(p.dweight, partials.data, chunks.count, 2 * width, F, runtime);
