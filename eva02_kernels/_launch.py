@@ -6,6 +6,7 @@ registers, shared memory and occupancy as compiled (``benchmarks.kernels``), not
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass, field
 from typing import Any
@@ -136,11 +137,7 @@ _PLAIN = {
     96: choice(8, 1, BLOCK_M=16, BLOCK_N=32),
     128: choice(8, 1, BLOCK_M=16, BLOCK_N=16),
 }
-_PLAIN_LIMITED = {
-    64: _PLAIN[64],
-    96: choice(8, 1, BLOCK_M=16, BLOCK_N=32, max_registers=128),
-    128: choice(8, 1, BLOCK_M=16, BLOCK_N=16, max_registers=128),
-}
+_PLAIN_LIMITED = _PLAIN | {channels: dataclasses.replace(_PLAIN[channels], max_registers=128) for channels in (96, 128)}
 _PLAIN_DQ = {64: _PLAIN[64], 96: _PLAIN[128], 128: _PLAIN[128]}
 _ATTENTION_75 = choice(8, 1, BLOCK_M=16, BLOCK_N=16, max_registers=255)
 
