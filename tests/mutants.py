@@ -5,9 +5,10 @@ python tests/mutants.py --only 'causal_*'    # some of them by name
 python tests/mutants.py --ops linear --json results.json
 
 Each mutant is one replacement in a copy of the package's operators. Every operator that the mutant names runs its
-float32 samples on that copy in Triton's interpreter, as ``test_is_accurate`` does, until one fails: a wrong result, a
-load or store outside the kernel's tensors, an exception, a crash or the time limit. Where every named operator noticed,
-the mutant is killed. Mutants marked equivalent change no result, for the reason given, and must survive.
+float32 samples, and its smoke samples in bfloat16, on that copy in Triton's interpreter, as ``test_is_accurate`` does,
+until one fails: a wrong result, a load or store outside the kernel's tensors, an exception, a crash or the time limit.
+Where every named operator noticed, the mutant is killed. Mutants marked equivalent change no result, for the reason
+given, and must survive.
 
 An operator has one process with the unmutated package, which computes the references once; each mutant is a fork of it
 that imports its kernels from the copy.
@@ -232,17 +233,24 @@ MUTANTS = (
       "swiglu_mlp gelu_mlp"),
     M("up_bias_gradient_is_the_gates", GEMM, "_hidden_gradient_kernel", "tl.sum(dup, 0)", "tl.sum(dgate, 0)",
       "swiglu_mlp"),
-    M("layer_scale_gradient_of_the_last_block", GEMM, "_layer_scale_gradient_kernel", "total += product",
+    M("gelu_bias_not_in_what_is_kept", GEMM, "_activation_gradient", "add_columns(gate, bias_ptr, cols, N)", "gate",
+      "gelu_mlp"),
+    M("hidden_not_centred", GEMM, "_activation_gradient", "hidden -= tl.load", "hidden -= 0.0 * tl.load", "gelu_mlp"),
+    M("weight_gradient_without_what_was_centred", GEMM, "_finish_gradients_kernel", "product += column_sum",
+      "product += 0.0 * column_sum", "gelu_mlp"),
+    M("layer_scale_gradient_of_the_last_block", GEMM, "_finish_gradients_kernel", "total += product",
       "total = product", "linear"),
-    M("layer_scale_gradient_without_bias", GEMM, "_layer_scale_gradient_kernel", "dscale += column_sum",
+    M("layer_scale_gradient_without_bias", GEMM, "_finish_gradients_kernel", "dscale += column_sum",
       "dscale += 0.0 * column_sum", PRODUCTS),
-    M("weight_gradient_without_layer_scale", GEMM, "_layer_scale_gradient_kernel", "(product * scale)", "product",
+    M("weight_gradient_without_layer_scale", GEMM, "_finish_gradients_kernel", "(product * scale)", "product",
       PRODUCTS),
-    M("bias_gradient_without_layer_scale", GEMM, "_layer_scale_gradient_kernel", "(column_sum * scale)", "column_sum",
+    M("bias_gradient_without_layer_scale", GEMM, "_finish_gradients_kernel", "(column_sum * scale)", "column_sum",
       PRODUCTS),
     M("input_gradient_without_residual", PRODUCT_STEPS, "hidden_input_gradient", "out, add)", "out, None)",
       "swiglu_mlp gelu_mlp"),
     M("mm_bias_dropped", GEMM, "_finish_kernel", "add_columns(y, bias_ptr, cols, N)", "y + 0.0", PRODUCTS, route="mm"),
+    M("mm_gelu_without_bias", GEMM, "_activate_rows_kernel", "add_columns(gate, bias_ptr, cols, N)", "gate", "gelu_mlp",
+      route="mm"),
     M("mm_hidden_without_up", GEMM, "_activate_rows_kernel", "silu * tl.load(up_ptr", "silu + 0.0 * tl.load(up_ptr",
       "swiglu_mlp", route="mm"),
     M("mm_hidden_gradient_without_the_last_column", GEMM, "_hidden_gradient_rows_kernel", "mask=there",
@@ -584,11 +592,12 @@ def work(op: str, route: str, jobs: list[dict[str, Any]]) -> None:
     with executing("interpreter"), nan_filled_memory():
         samples = [s for s in get_spec(op).samples() if not s.full and (s.id not in LARGE or s.id in large)]
         samples = [s for s in samples if not contract.refusal(op, s, torch.float32, "triton")]
-        for sample in samples:
-            exact = contract.reference(op, sample.id, torch.float32)
+        cases = [(s, torch.float32) for s in samples] + [(s, torch.bfloat16) for s in samples if s.smoke]
+        for sample, dtype in cases:
+            exact = contract.reference(op, sample.id, dtype)
             for kind in ("outputs", "grads"):
                 for name in getattr(exact, kind):
-                    contract.plain_errors(op, sample.id, torch.float32, name, kind)
+                    contract.plain_errors(op, sample.id, dtype, name, kind)
         imported = [name for name in sys.modules if name.startswith("eva02_kernels.ops") and "triton_" in name]
         if imported:
             raise RuntimeError(f"kernels were imported before they could be changed: {imported}")
@@ -599,11 +608,11 @@ def work(op: str, route: str, jobs: list[dict[str, Any]]) -> None:
                     if f"{name}.".startswith("eva02_kernels.ops.") and hasattr(module, "__path__"):
                         module.__path__ = [str(Path(job["ops"], *name.split(".")[2:]))]
             passed = 0
-            for sample in sorted(samples, key=lambda s: s.id != job["first"]):
+            for sample, dtype in sorted(cases, key=lambda case: case[0].id != job["first"]):
                 if sample.id in LARGE and sample.id not in job["large"].split():
                     continue
                 try:
-                    contract.check_accuracy(op, sample, torch.float32, "triton")
+                    contract.check_accuracy(op, sample, dtype, "triton")
                 except Exception as error:
                     text = " ".join(f"{type(error).__name__}: {error}".splitlines())
                     return {"sample": sample.id, "how": _kind(text), "message": text[:160]}

@@ -15,6 +15,7 @@ import eva02_kernels
 from eva02_kernels import _registry
 from eva02_kernels._registry import get_spec
 from eva02_kernels.testing import contract, nan_filled_memory
+from eva02_kernels.testing.accuracy import measure_error
 
 
 def _skip_where_refused(op, sample, dtype, backend, device):
@@ -29,6 +30,25 @@ def test_is_accurate(op, sample, dtype, backend, device):
     _skip_where_refused(op, sample, DTYPES[dtype], backend, device)
     with nan_filled_memory():
         contract.check_accuracy(op, sample, DTYPES[dtype], backend, device=device)
+
+
+@pytest.mark.parametrize("layer_scale", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_weight_gradient_behind_a_far_bias_is_accurate(dtype, layer_scale, backend, device):
+    """What a GELU keeps and multiplies in 16 bits was rounded with its bias: 64 here, where rows of dout cancel it."""
+    generator = torch.Generator().manual_seed(0)
+    x, w1, w2, rows = (torch.randn(*s, generator=generator).to(dtype) for s in ((64, 16), (24, 16), (16, 24), (32, 16)))
+    dout, scale = torch.cat((rows, -rows)), torch.full((16,), 2.0) if layer_scale else None
+    b1 = torch.full((24,), 64.0)
+
+    def gradient(backend, device, dtype):
+        given = [None if t is None else t.to(device, dtype) for t in (x, w1, b1, w2, scale)]
+        weight = given[3].requires_grad_()
+        out = eva02_kernels.gelu_mlp(*given[:3], weight, None, layer_scale=given[4], backend=backend)
+        return torch.autograd.grad(out, weight, dout.to(device, dtype))[0].cpu()
+
+    error = measure_error(gradient(backend, device, dtype), gradient("eager", "cpu", torch.float64))
+    assert error.max < 4 * torch.finfo(dtype).eps, error
 
 
 @pytest.mark.parametrize(("op", "sample"), samples(large=False))

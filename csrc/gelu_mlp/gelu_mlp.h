@@ -4,9 +4,9 @@
 
 namespace eva02 {
 
-// x (M, C), out, dout, dx with any row stride; w1 (F, C) and w2 (C, F) contiguous; hidden (M, Fp), before the
-// activation. row_scale (float32) has one factor for every rows_per_sample rows. A null pointer is an absent operand or
-// an output that is not wanted; pre_norm says whether x goes through a LayerNorm first.
+// x (M, C), out, dout, dx with any row stride; w1 (F, C) and w2 (C, F) contiguous; hidden (M, Fp), before b1
+// and the activation. row_scale (float32) has one factor for every rows_per_sample rows. A null pointer is an absent
+// operand or an output that is not wanted; pre_norm says whether x goes through a LayerNorm first.
 struct GeluMlpShape {
   DType dtype;
   const void *x, *w1, *w2;

@@ -5,8 +5,9 @@
 //           read once; backward reads dout and hidden twice, weights once, writes each gradient once, plus float32
 //           (M, F) of gradients, in workspace for at most chunk_rows rows at a time
 // Launch    two parallel regions per product (gemm/gemm.h) and chunk of rows
-// Numerics  float32 sums and workspace; hidden is rounded to the activation dtype before the activation, so that
-//           backward sees the forward's values; LayerNorm statistics in two passes; one rounding at each store
+// Numerics  float32 sums and workspace; hidden is kept before b1 (a 16-bit number is as exact as it is small) and
+//           rounded to the activation dtype before the activation, so that backward sees the forward's values;
+//           LayerNorm statistics in two passes; one rounding at each store
 // Limits    any F: hidden has padded rows; last dims contiguous
 // Source    original; formula: Hendrycks and Gimpel, arXiv:1606.08415
 #include "gelu_mlp/gelu_mlp.h"
@@ -26,17 +27,21 @@ EVA02_INLINE vf gelu_grad(vf d, vf h) {
   return d * (cdf + h * density);
 }
 
-// The activation of the hidden, on load.
+// The activation of hidden + b1, on load.
 template <class T>
 struct Activated {
   Matrix<T> hidden;
+  const float* b1;
 
   struct Row {
     typename Matrix<T>::Row h;
-    EVA02_INLINE vf load(int64_t c) const { return gelu(h.load(c)); }
-    EVA02_INLINE vf load_partial(int64_t c, int64_t n) const { return gelu(h.load_partial(c, n)); }
+    const float* b1;
+    EVA02_INLINE vf load(int64_t c) const { return gelu(h.load(c) + eva02::EVA02_ISA::load(b1 + c)); }
+    EVA02_INLINE vf load_partial(int64_t c, int64_t n) const {
+      return gelu(h.load_partial(c, n) + eva02::EVA02_ISA::load(b1 + c));
+    }
   };
-  EVA02_INLINE Row row(int64_t r) const { return {hidden.row(r)}; }
+  EVA02_INLINE Row row(int64_t r) const { return {hidden.row(r), b1}; }
 };
 
 // Hidden of the rows that pack_x packs, into `hidden` (T, may be nullptr) and its activation into `active` (may be
@@ -50,9 +55,9 @@ void first_product(const GeluMlpShape& s, const Runtime& runtime, int64_t rows, 
            const float* const v = t.row(i);
            const int64_t at = (t.row0 + i) * s.Fp + t.col0;
            for_columns(t.cols, [&](int64_t c, int64_t lanes) {
-             const vf h = round_to<T>(load(v + c) + load(b1 + t.col0 + c));
+             const vf h = round_to<T>(load(v + c));
              if (hidden != nullptr) put(hidden + at + c, h, lanes);
-             if (active != nullptr) put(active + at + c, gelu(h), lanes);
+             if (active != nullptr) put(active + at + c, gelu(h + load(b1 + t.col0 + c)), lanes);
            });
          }
        });
@@ -128,7 +133,7 @@ void gelu_mlp_bwd(const GeluMlpBwdParams& p, const Runtime& runtime) {
       hidden = room;
     }
     if (product2)
-      second.accumulate(runtime, i, rows, dy, r0, Activated<T>{{hidden, s.Fp}}, 0, sums2, w2.data, scale,
+      second.accumulate(runtime, i, rows, dy, r0, Activated<T>{{hidden, s.Fp}, b1}, 0, sums2, w2.data, scale,
                         static_cast<T*>(p.dw2));
     else if (sums2)
       add_column_sums(runtime, r0, rows, s.C, dy, second.column_sums());
@@ -140,7 +145,8 @@ void gelu_mlp_bwd(const GeluMlpBwdParams& p, const Runtime& runtime) {
              const float* const v = t.row(j);
              const int64_t at = (t.row0 + j) * s.Fp + t.col0;
              for_columns(t.cols, [&](int64_t c, int64_t lanes) {
-               put(d_hidden + at + c, gelu_grad(load(v + c), get(hidden + at + c, lanes)), lanes);
+               const vf h = get(hidden + at + c, lanes) + load(b1 + t.col0 + c);
+               put(d_hidden + at + c, gelu_grad(load(v + c), h), lanes);
              });
            }
          });

@@ -86,12 +86,10 @@ struct Gelu {
     load_columns(p.gate_bias, column, n, 0.f, bias);
   }
   __device__ void operator()(int row, float (&gate)[kColumns], float (&)[kColumns]) const {
-#pragma unroll
-    for (int i = 0; i < kColumns; ++i) gate[i] += bias[i];
     store_hidden<T>(p.gate, row, p.gate_stride, column, gate);
     if (p.hidden == nullptr) return;
 #pragma unroll
-    for (int i = 0; i < kColumns; ++i) gate[i] = gelu(gate[i]).value;
+    for (int i = 0; i < kColumns; ++i) gate[i] = gelu(gate[i] + bias[i]).value;
     store_hidden<T>(p.hidden, row, p.hidden_stride, column, gate);
   }
 };

@@ -175,11 +175,14 @@ void weight_gradient(Tensor dy, Tensor a, bool tf32, std::vector<int64_t> first,
   run_weight_gradient(p, target_of(dy));
 }
 
-void hidden_gradient(OptTensor a, OptTensor b, OptTensor values, Tensor gate, OptTensor up, bool tf32, Tensor dgate,
-                     OptTensor dup, OptTensor hidden, OptTensor db_gate, OptTensor db_up) {
+void hidden_gradient(OptTensor a, OptTensor b, OptTensor values, Tensor gate, OptTensor up, OptTensor b_gate,
+                     OptTensor centre, bool tf32, Tensor dgate, OptTensor dup, OptTensor hidden, OptTensor db_gate,
+                     OptTensor db_up) {
   run_hidden_gradient({.product = product_of(a, b, {}, values, {}, gate, tf32),
                        .gate = ptr(gate),
                        .up = ptr(up),
+                       .gate_bias = param_of(b_gate, "b_gate"),
+                       .centre = param_of(centre, "centre"),
                        .dgate = ptr(dgate),
                        .dup = ptr(dup),
                        .hidden = ptr(hidden),
@@ -230,21 +233,22 @@ void scale_and_sum(Tensor x, OptTensor layer_scale, OptTensor row_scale, OptTens
                     target_of(x));
 }
 
-void layer_scale_gradient(OptTensor product, Tensor weight, OptTensor bias, Tensor layer_scale, OptTensor sums,
-                          OptTensor dweight, OptTensor dbias, OptTensor dlayer_scale) {
-  run_layer_scale_gradient({.dtype = dtype_of(weight, "weight"),
-                            .product = ptr_as<const float>(product),
-                            .sums = ptr_as<const float>(sums),
-                            .weight = ptr(weight),
-                            .bias = param_of(bias, "bias"),
-                            .layer_scale = param_of(layer_scale, "layer_scale"),
-                            .dweight = ptr(dweight),
-                            .dbias = param_grad_of(dbias, "dbias"),
-                            .dlayer_scale = param_grad_of(dlayer_scale, "dlayer_scale"),
-                            .N = weight.size(0),
-                            .K = weight.size(1),
-                            .weight_stride = weight.stride(0)},
-                           target_of(weight));
+void finish_gradients(OptTensor product, OptTensor sums, OptTensor centre, Tensor weight, OptTensor bias,
+                      OptTensor layer_scale, OptTensor dweight, OptTensor dbias, OptTensor dlayer_scale) {
+  run_finish_gradients({.dtype = dtype_of(weight, "weight"),
+                        .product = ptr_as<const float>(product),
+                        .sums = ptr_as<const float>(sums),
+                        .centre = ptr_as<const float>(centre),
+                        .weight = ptr(weight),
+                        .bias = param_of(bias, "bias"),
+                        .layer_scale = param_of(layer_scale, "layer_scale"),
+                        .dweight = ptr(dweight),
+                        .dbias = param_grad_of(dbias, "dbias"),
+                        .dlayer_scale = param_grad_of(dlayer_scale, "dlayer_scale"),
+                        .N = weight.size(0),
+                        .K = weight.size(1),
+                        .weight_stride = weight.stride(0)},
+                       target_of(weight));
 }
 
 }  // namespace
@@ -270,17 +274,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(eva02_kernels_C, m) {
         "(Tensor dy, Tensor a, bool tf32, int[] first, Tensor(a!)? dw0, Tensor(b!)? dw1, Tensor(c!)? dw2, "
         "Tensor(d!)? db0, Tensor(e!)? db1, Tensor(f!)? db2) -> ()");
   m.def("hidden_gradient" EVA02_TARGET
-        "(Tensor? a, Tensor? b, Tensor? values, Tensor gate, Tensor? up, bool tf32, Tensor(a!) dgate, Tensor(b!)? dup, "
-        "Tensor(c!)? hidden, Tensor(d!)? db_gate, Tensor(e!)? db_up) -> ()");
+        "(Tensor? a, Tensor? b, Tensor? values, Tensor gate, Tensor? up, Tensor? b_gate, Tensor? centre, bool tf32, "
+        "Tensor(a!) dgate, Tensor(b!)? dup, Tensor(c!)? hidden, Tensor(d!)? db_gate, Tensor(e!)? db_up) -> ()");
   m.def("project_rope" EVA02_TARGET "(Tensor a, Tensor b, Tensor? bias, " EVA02_ROPE_SCHEMA
         ", int seq_len, int num_heads, int num_kv_heads, int head_dim, bool tf32, Tensor(a!) out) -> "
         "()");
   m.def("scale_and_sum" EVA02_TARGET
         "(Tensor x, Tensor? layer_scale, Tensor? row_scale, Tensor(a!)? scaled, Tensor(b!)? row_scaled, Tensor(c!)? "
         "sums) -> ()");
-  m.def("layer_scale_gradient" EVA02_TARGET
-        "(Tensor? product, Tensor weight, Tensor? bias, Tensor layer_scale, Tensor? sums, Tensor(a!)? dweight, "
-        "Tensor(b!)? dbias, Tensor(c!)? dlayer_scale) -> ()");
+  m.def("finish_gradients" EVA02_TARGET
+        "(Tensor? product, Tensor? sums, Tensor? centre, Tensor weight, Tensor? bias, Tensor? layer_scale, "
+        "Tensor(a!)? dweight, Tensor(b!)? dbias, Tensor(c!)? dlayer_scale) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(eva02_kernels_C, EVA02_KEY, m) {
@@ -293,7 +297,7 @@ STABLE_TORCH_LIBRARY_IMPL(eva02_kernels_C, EVA02_KEY, m) {
   m.impl("hidden_gradient" EVA02_TARGET, TORCH_BOX(&hidden_gradient));
   m.impl("project_rope" EVA02_TARGET, TORCH_BOX(&project_rope));
   m.impl("scale_and_sum" EVA02_TARGET, TORCH_BOX(&scale_and_sum));
-  m.impl("layer_scale_gradient" EVA02_TARGET, TORCH_BOX(&layer_scale_gradient));
+  m.impl("finish_gradients" EVA02_TARGET, TORCH_BOX(&finish_gradients));
 }
 
 }  // namespace eva02

@@ -29,10 +29,13 @@ struct HiddenGradient {
     float gate[kColumns], hidden[kColumns];
     load_columns(static_cast<const T*>(p.gate) + at, n, gate);
     if constexpr (kGelu) {
+      float bias[kColumns], centre[kColumns];  // for each row from the cache: registers are dearer
+      load_columns(p.gate_bias, column, n, 0.f, bias);
+      load_columns(p.centre, column, n, 0.f, centre);
 #pragma unroll
       for (int i = 0; i < kColumns; ++i) {
-        const Activation a = gelu(gate[i]);
-        hidden[i] = a.value;
+        const Activation a = gelu(gate[i] + bias[i]);
+        hidden[i] = a.value - centre[i];
         y[i] *= a.slope;
         y2[i] = 0.f;
       }

@@ -1,10 +1,10 @@
 // Around the products of backward: the gradient of a projection's output without its scales, and what the layer scale,
 // the bias and the weight get from the weight's unscaled gradient
-// Fused     both scales and the bias's column sums in one pass over rows; layer scale, rounding and the layer scale's
-//           own gradient in one pass over the weight's
+// Fused     both scales and the bias's column sums in one pass over rows; what centred columns lack, layer scale,
+//           rounding and the layer scale's own gradient in one pass over the weight's
 // Bytes     scale_and_sum reads its rows once and writes what is wanted once; partial sums are a float for 16 rows of a
 //           column, or fewer
-// Launch    scale_and_sum 8 columns a thread, rows in turn; layer_scale_gradient a CTA for a row of the weight
+// Launch    scale_and_sum 8 columns a thread, rows in turn; finish_gradients a CTA for a row of the weight
 // Numerics  float32 inside, sums in a fixed order
 // Limits    last dims contiguous, any row stride
 // Source    original
@@ -42,32 +42,33 @@ constexpr int kScaleThreads = 128;
 
 template <class T>
 __global__ void __launch_bounds__(kScaleThreads)
-    layer_scale_gradient_kernel(const __grid_constant__ LayerScaleGradientParams p) {
+    finish_gradients_kernel(const __grid_constant__ FinishGradientsParams p) {
   const int64_t row = blockIdx.x;
-  float scale = 0.f, bias = 0.f, dscale = 0.f;
-  const auto value = [row](const Param& param) {
+  const auto value = [row](const Param& param, float absent) {
+    if (param.data == nullptr) return absent;
     switch (param.dtype) {
       case DType::bf16: return to_float(static_cast<const bf16*>(param.data)[row]);
       case DType::f16: return to_float(static_cast<const f16*>(param.data)[row]);
       default: return static_cast<const float*>(param.data)[row];
     }
   };
-  scale = value(p.layer_scale);
+  const float scale = value(p.layer_scale, 1.f), sum = p.sums == nullptr ? 0.f : p.sums[row];
+  const bool wants_scale = p.dlayer_scale.data != nullptr;
+  float dscale = 0.f;
   if (p.product != nullptr) {
     for (int64_t k = threadIdx.x; k < p.K; k += kScaleThreads) {
-      const float g = p.product[row * p.K + k];
-      dscale += g * to_float(static_cast<const T*>(p.weight)[row * p.weight_stride + k]);
+      float g = p.product[row * p.K + k];
+      if (p.centre != nullptr) g += sum * p.centre[k];
+      if (wants_scale) dscale += g * to_float(static_cast<const T*>(p.weight)[row * p.weight_stride + k]);
       if (p.dweight != nullptr) static_cast<T*>(p.dweight)[row * p.K + k] = from_float<T>(g * scale);
     }
-    dscale = block_sum(dscale);
+    if (wants_scale) dscale = block_sum(dscale);
   }
   if (threadIdx.x != 0) return;
-  if (p.sums != nullptr) {
-    if (p.bias.data != nullptr) bias = value(p.bias);
-    dscale += p.sums[row] * bias;
-    if (p.dbias.data != nullptr) store_param(p.dbias, row, p.sums[row] * scale);
-  }
-  if (p.dlayer_scale.data != nullptr) store_param(p.dlayer_scale, row, dscale);
+  if (p.dbias.data != nullptr) store_param(p.dbias, row, sum * scale);
+  if (!wants_scale) return;
+  dscale += sum * value(p.bias, 0.f);
+  store_param(p.dlayer_scale, row, dscale);
 }
 
 }  // namespace
@@ -92,10 +93,10 @@ const char* run_scale_and_sum(const ScaleAndSumParams& p, const Device& device) 
   return launch_error();
 }
 
-const char* run_layer_scale_gradient(const LayerScaleGradientParams& p, const Device& device) {
+const char* run_finish_gradients(const FinishGradientsParams& p, const Device& device) {
   if (p.N == 0) return nullptr;
   return by_dtype(p.dtype, [&]<class T>() {
-    layer_scale_gradient_kernel<T><<<static_cast<unsigned>(p.N), kScaleThreads, 0, stream_of(device)>>>(p);
+    finish_gradients_kernel<T><<<static_cast<unsigned>(p.N), kScaleThreads, 0, stream_of(device)>>>(p);
     return launch_error();
   });
 }

@@ -37,8 +37,8 @@ struct ProjectParams {
   int64_t residual_stride, out_stride;
 };
 
-// gate = y + gate_bias, up = y2 + up_bias, hidden = silu(gate) * up; without a second product hidden = gelu(gate).
-// Outputs have rows padded to 8 columns, the padding becomes zero.
+// gate = y + gate_bias, up = y2 + up_bias, hidden = silu(gate) * up; without a second product gate = y and hidden =
+// gelu(gate + gate_bias). Outputs have rows padded to 8 columns, the padding becomes zero.
 struct ActivateParams {
   Product product;
   Param gate_bias, up_bias;
@@ -97,10 +97,11 @@ struct WeightGradientParams {
 };
 
 // For y, the gradient of hidden as ActivateParams has it: dgate, dup (without up: of a GELU) and hidden again; rows are
-// padded likewise.
+// padded likewise. Of a GELU: gate's bias, and what is subtracted from hidden's columns (N,), if anything.
 struct HiddenGradientParams {
   Product product;
   const void *gate, *up;
+  Param gate_bias, centre;
   void *dgate, *dup, *hidden;    // hidden may be nullptr
   ParamGrad gate_sums, up_sums;  // of the columns of dgate and dup
   int64_t gate_stride, dgate_stride, hidden_stride;
@@ -131,11 +132,12 @@ struct ScaleAndSumParams {
   int64_t x_stride, scaled_stride, row_scaled_stride;
 };
 
-// For y = layer_scale * (a W^T + b), from product = G, the gradient of W without the layer scale, and sums, that of b:
-// dweight = layer_scale * G, dbias = layer_scale * sums, dlayer_scale = row sums of W G, plus b * sums.
-struct LayerScaleGradientParams {
+// For y = layer_scale * (a W^T + b), from product + sums centre = G, the gradient of W without the layer scale (centre
+// is what columns of a lack in the product), and sums, that of b: dweight = layer_scale * G, dbias = layer_scale *
+// sums, dlayer_scale = row sums of W G, plus b * sums.
+struct FinishGradientsParams {
   DType dtype;
-  const float *product, *sums;  // either may be nullptr
+  const float *product, *sums, *centre;  // any may be nullptr
   const void* weight;
   Param bias, layer_scale;
   void* dweight;
@@ -155,4 +157,4 @@ EVA02_LAUNCHER(run_weight_gradient, WeightGradientParams)
 EVA02_LAUNCHER(run_hidden_gradient, HiddenGradientParams)
 EVA02_LAUNCHER(run_project_rope, ProjectRopeParams)
 EVA02_LAUNCHER(run_scale_and_sum, ScaleAndSumParams)
-EVA02_LAUNCHER(run_layer_scale_gradient, LayerScaleGradientParams)
+EVA02_LAUNCHER(run_finish_gradients, FinishGradientsParams)

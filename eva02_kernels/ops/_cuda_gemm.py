@@ -111,21 +111,26 @@ def project_normed(
                        *contiguous(layer_scale, row_scale), _tf32(hidden), out)  # fmt: skip
 
 
-def activate_rows(kept: Tensor, hidden: Tensor, width: int) -> None:
+def activate_rows(kept: Tensor, bias: Tensor | None, hidden: Tensor, width: int) -> None:
     gate, up = (None if t is None else t[:, :width] for t in gate_and_up(kept))
-    lib.activate(None, None, None, gate, up, None, None, None, False, None, None, hidden, None)
+    lib.activate(None, None, None, gate, up, *contiguous(bias), None, None, False, None, None, hidden, None)
 
 
 def hidden_gradient(
-    dy: Tensor, w_down: Tensor, kept: Tensor, dkept: Tensor, hidden: Tensor | None, grads: Sequence[Tensor | None]
-) -> None:
+    dy: Tensor, w_down: Tensor, kept: Tensor, bias: Tensor | None, centre: Tensor | None, dkept: Tensor,
+    hidden: Tensor | None, grads: Sequence[Tensor | None],
+) -> None:  # fmt: skip
     weight = padded_columns(w_down)[:, : w_down.shape[1]]  # rows of 16 bytes' multiples
-    lib.hidden_gradient(dy, weight, None, *gate_and_up(kept), _tf32(dy), *gate_and_up(dkept), hidden, *grads)
+    lib.hidden_gradient(dy, weight, None, *gate_and_up(kept), *contiguous(bias), centre, _tf32(dy),
+                        *gate_and_up(dkept), hidden, *grads)  # fmt: skip
 
 
-def hidden_gradient_rows(dhidden: Tensor, kept: Tensor, dkept: Tensor, hidden: Tensor | None, width: int) -> None:
-    lib.hidden_gradient(None, None, dhidden[:, :width], *gate_and_up(kept), False, *gate_and_up(dkept), hidden, None,
-                        None)  # fmt: skip
+def hidden_gradient_rows(
+    dhidden: Tensor, kept: Tensor, bias: Tensor | None, centre: Tensor | None, dkept: Tensor, hidden: Tensor | None,
+    width: int,
+) -> None:  # fmt: skip
+    lib.hidden_gradient(None, None, dhidden[:, :width], *gate_and_up(kept), *contiguous(bias), centre, False,
+                        *gate_and_up(dkept), hidden, None, None)  # fmt: skip
 
 
 def project_rope(
@@ -144,11 +149,11 @@ def scale_and_sum(
     lib.scale_and_sum(x, layer_scale, row_scale, scaled, row_scaled, sums)
 
 
-def layer_scale_gradient(
-    product: Tensor | None, weight: Tensor, bias: Tensor | None, layer_scale: Tensor, sums: Tensor | None,
-    dweight: Tensor | None, dbias: Tensor | None, dscale: Tensor | None,
+def finish_gradients(
+    product: Tensor | None, sums: Tensor | None, centre: Tensor | None, weight: Tensor, bias: Tensor | None,
+    layer_scale: Tensor | None, dweight: Tensor | None, dbias: Tensor | None, dscale: Tensor | None,
 ) -> None:  # fmt: skip
-    lib.layer_scale_gradient(product, weight, bias, layer_scale, sums, dweight, dbias, dscale)
+    lib.finish_gradients(product, sums, centre, weight, bias, layer_scale, dweight, dbias, dscale)
 
 
 # ---- row kernels of other operators ----------------------------------------------------------------------------------

@@ -82,8 +82,8 @@ class Kernels(Protocol):
         kept: Tensor | None, hidden: Tensor | None, norm_weight: Tensor | None = None,
     ) -> Any:  # fmt: skip
         """kept (rows, 2, Fp) = gate and up, hidden (rows, Fp) = silu(gate) * up; without w_up kept (rows, 1, Fp) =
-        gate and hidden = gelu(gate). With ``norm_weight`` hidden is multiplied by it and what :meth:`project_normed`
-        needs of the rows is returned."""
+        gate before its bias and hidden = gelu(gate). With ``norm_weight`` hidden is multiplied by it and what
+        :meth:`project_normed` needs of the rows is returned."""
 
     @staticmethod
     def project_normed(
@@ -94,17 +94,22 @@ class Kernels(Protocol):
         hidden is."""
 
     @staticmethod
-    def activate_rows(kept: Tensor, hidden: Tensor, width: int) -> None:
-        """hidden from kept, of ``width`` columns without the padding."""
+    def activate_rows(kept: Tensor, bias: Tensor | None, hidden: Tensor, width: int) -> None:
+        """hidden from kept (and, of a GELU, gate's bias), of ``width`` columns without the padding."""
 
     @staticmethod
     def hidden_gradient(
-        dy: Tensor, w_down: Tensor, kept: Tensor, dkept: Tensor, hidden: Tensor | None, grads: Sequence[Tensor | None]
-    ) -> None:
-        """dkept like kept for dhidden = dy w_down, hidden again, and the gradients of the biases of gate and up."""
+        dy: Tensor, w_down: Tensor, kept: Tensor, bias: Tensor | None, centre: Tensor | None, dkept: Tensor,
+        hidden: Tensor | None, grads: Sequence[Tensor | None],
+    ) -> None:  # fmt: skip
+        """dkept like kept for dhidden = dy w_down, hidden again, and the gradients of the biases of gate and up. Of a
+        GELU: gate's bias, and what is subtracted from hidden's columns (F,) float32."""
 
     @staticmethod
-    def hidden_gradient_rows(dhidden: Tensor, kept: Tensor, dkept: Tensor, hidden: Tensor | None, width: int) -> None:
+    def hidden_gradient_rows(
+        dhidden: Tensor, kept: Tensor, bias: Tensor | None, centre: Tensor | None, dkept: Tensor,
+        hidden: Tensor | None, width: int,
+    ) -> None:  # fmt: skip
         """The same from dhidden (rows, Fp), without the biases."""
 
     @staticmethod
@@ -122,11 +127,11 @@ class Kernels(Protocol):
         """row_scaled = row_scale x, scaled = layer_scale row_scale x, sums (N,) = column sums of row_scale x."""
 
     @staticmethod
-    def layer_scale_gradient(
-        product: Tensor | None, weight: Tensor, bias: Tensor | None, layer_scale: Tensor, sums: Tensor | None,
-        dweight: Tensor | None, dbias: Tensor | None, dscale: Tensor | None,
+    def finish_gradients(
+        product: Tensor | None, sums: Tensor | None, centre: Tensor | None, weight: Tensor, bias: Tensor | None,
+        layer_scale: Tensor | None, dweight: Tensor | None, dbias: Tensor | None, dscale: Tensor | None,
     ) -> None:  # fmt: skip
-        """See :func:`output_parameter_gradients`; product float32 (N, K), sums float32 (N,)."""
+        """See :func:`output_parameter_gradients`; product (N, K), sums (N,) and centre (K,) are float32."""
 
     @staticmethod
     def normalise(
@@ -273,7 +278,8 @@ def activate(
     kept: Tensor | None, hidden: Tensor | None, gelu: bool = False, norm_weight: Tensor | None = None,
 ) -> Any:  # fmt: skip
     """kept (rows, 2, Fp) = gate and up, hidden (rows, Fp) = silu(gate) * up; with ``gelu`` kept (rows, 1, Fp) = gate
-    and hidden = gelu(gate). Without w_up, w_gate is packed (or the only one). Either output may be None.
+    before its bias and hidden = gelu(gate). Without w_up, w_gate is packed (or the only one). Either output may be
+    None.
 
     ``norm_weight``, where :func:`folds_norm`: see ``Kernels.activate``.
     """
@@ -292,11 +298,11 @@ def activate(
     if kept is None:
         kept = torch.empty(rows, halves, cols, dtype=a.dtype, device=a.device)
     weight, bias = _stack_hidden(w_gate, w_up, halves), None
-    if b_gate is not None or b_up is not None:
+    if not gelu and (b_gate is not None or b_up is not None):
         bias = stacked(_parts(b_gate, b_up, w_up, halves), weight[:, 0], cols)
     on.multiply(a, weight.t(), kept.view(rows, -1), bias)
     if hidden is not None:
-        on.activate_rows(kept, hidden, width)
+        on.activate_rows(kept, b_gate if gelu else None, hidden, width)
     return None
 
 
@@ -327,18 +333,21 @@ def normed_input(
 # ---- gradients of hidden layers ----------------------------------------------------------------------------------
 def hidden_gradient(
     on: Kernels, dy: Tensor, w_down: Tensor, kept: Tensor, dkept: Tensor, hidden: Tensor | None,
-    db_gate: Tensor | None, db_up: Tensor | None,
+    db_gate: Tensor | None, db_up: Tensor | None, *, bias: Tensor | None = None, centre: Tensor | None = None,
 ) -> None:  # fmt: skip
     """dkept like kept = gradients of gate and up (or of gate before a GELU) for dy of the output, ``hidden`` (where
-    wanted) the activation again, and the gradients (F,) of the biases, where wanted."""
+    wanted) the activation again, and the gradients (F,) of the biases, where wanted.
+
+    Of a GELU: ``bias`` is gate's, and ``centre`` (F,) float32 is subtracted from hidden.
+    """
     rows, grads = dy.shape[0], (db_gate, db_up)
     if on.fused(dy) and rows:
-        on.hidden_gradient(dy, w_down, kept, dkept, hidden, grads)
+        on.hidden_gradient(dy, w_down, kept, bias, centre, dkept, hidden, grads)
         return
     if rows:
         dhidden = torch.empty(rows, kept.shape[2], dtype=dy.dtype, device=dy.device)
         on.multiply(dy, padded_columns(w_down), dhidden)
-        on.hidden_gradient_rows(dhidden, kept, dkept, hidden, w_down.shape[1])
+        on.hidden_gradient_rows(dhidden, kept, bias, centre, dkept, hidden, w_down.shape[1])
     hidden_bias_gradients(on, dkept, grads)
 
 
@@ -382,9 +391,12 @@ class OutputGradient(NamedTuple):
 
 def output_gradient(
     on: Kernels, dout: Tensor, bias: Tensor | None, layer_scale: Tensor | None, row_scale: Tensor | None,
-    needs: Sequence[bool],
+    needs: Sequence[bool], *, centred: bool = False,
 ) -> OutputGradient:  # fmt: skip
-    """What the gradients of row_scale * layer_scale * (a W^T + b) start from; ``needs`` for W, b and layer_scale."""
+    """What the gradients of row_scale * layer_scale * (a W^T + b) start from; ``needs`` for W, b and layer_scale.
+
+    ``centred``: a will be, see :func:`output_parameter_gradients`.
+    """
     needs_weight, needs_bias, needs_scale = needs
     dy = unscaled = dout
     scaled = row_scaled = sums = None
@@ -393,7 +405,9 @@ def output_gradient(
         dy = unscaled
     if layer_scale is not None:
         dy = scaled = torch.empty(dout.shape, dtype=dout.dtype, device=dout.device)
-    if bias is not None and (needs_bias or needs_scale) and (layer_scale is not None or row_scaled is not None):
+    if centred:
+        sums = torch.empty(dout.shape[1], dtype=torch.float32, device=dout.device)
+    elif bias is not None and (needs_bias or needs_scale) and (layer_scale is not None or row_scaled is not None):
         dtype = bias.dtype if layer_scale is None else torch.float32
         sums = torch.empty(bias.shape, dtype=dtype, device=dout.device)
     if scaled is not None or row_scaled is not None or sums is not None:
@@ -405,30 +419,32 @@ def output_gradient(
 
 def output_parameter_gradients(
     on: Kernels, gradient: OutputGradient, a: Tensor | None, weight: Tensor, bias: Tensor | None,
-    layer_scale: Tensor | None, needs: Sequence[bool],
+    layer_scale: Tensor | None, needs: Sequence[bool], *, centre: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of weight, bias and layer_scale; ``a``, the product's left operand, is for those of the first and last.
 
     With G = (row_scale dout)^T a, the weight's is layer_scale G, and the layer scale's is the row sums of W G, plus b
-    times the column sums of row_scale dout: y is not computed again.
+    times the column sums of row_scale dout: y is not computed again. ``centre`` (K,): what ``a`` lacks in its columns,
+    so that G has those sums times centre added, in float32.
     """
     needs_weight, needs_bias, needs_scale = needs
     device = weight.device
     dweight = torch.empty(weight.shape, dtype=weight.dtype, device=device) if needs_weight else None
-    if layer_scale is None and gradient.sums is not None:
+    separate = layer_scale is None and centre is None
+    if separate and gradient.sums is not None:
         dbias = gradient.sums if needs_bias else None
     else:
         dbias = torch.empty(bias.shape, dtype=bias.dtype, device=device) if needs_bias and bias is not None else None
-    if layer_scale is None:
+    if separate:
         wanted = Part(0, dweight, None if gradient.sums is not None else dbias)
         if wanted.weight is not None or wanted.bias is not None:
             on.weight_gradients(gradient.dy, a, [wanted])
         return dweight, dbias, None
-    dscale = torch.empty(layer_scale.shape, dtype=layer_scale.dtype, device=device) if needs_scale else None
+    dscale = None if layer_scale is None or not needs_scale else torch.empty_like(layer_scale)
     product = None
     if needs_weight or needs_scale:
         assert a is not None
         product = on.weight_gradient_float32(gradient.unscaled, a)
     if weight.shape[0] and (product is not None or dbias is not None):
-        on.layer_scale_gradient(product, weight, bias, layer_scale, gradient.sums, dweight, dbias, dscale)
+        on.finish_gradients(product, gradient.sums, centre, weight, bias, layer_scale, dweight, dbias, dscale)
     return dweight, dbias, dscale

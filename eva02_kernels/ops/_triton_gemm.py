@@ -159,11 +159,11 @@ def _store_hidden(y, rows, cols, M, ptr, stride, N: tl.constexpr, COLS: tl.const
 
 @triton.jit
 def _activation_gradient(
-    dhidden, rows, cols, M, gate_ptr, up_ptr, dgate_ptr, dup_ptr, hidden_ptr, stride_gate, stride_dgate, stride_hidden,
-    N: tl.constexpr, COLS: tl.constexpr, PRECISE: tl.constexpr,
+    dhidden, rows, cols, M, gate_ptr, up_ptr, bias_ptr, centre_ptr, dgate_ptr, dup_ptr, hidden_ptr, stride_gate,
+    stride_dgate, stride_hidden, N: tl.constexpr, COLS: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
-    """Store the gradients of gate and up for that of silu(gate) * up, or without up that of gate for gelu(gate), and
-    the activation itself; returns the gradients, zero beyond the last row and column."""
+    """Store the gradients of gate and up for that of silu(gate) * up, or without up that of gate for gelu(gate + bias),
+    and the activation itself, less its centre; returns the gradients, zero beyond the last row and column."""
     there = (rows < M)[:, None] & (cols < COLS)[None, :]
     keep = (rows < M)[:, None] & (cols < N)[None, :]
     offsets = row_offsets(rows, stride_gate) + cols[None, :]
@@ -176,7 +176,9 @@ def _activation_gradient(
         dup = tl.where(keep, dhidden * silu, 0.0)
         _store_hidden(dup, rows, cols, M, dup_ptr, stride_dgate, N, COLS)
     else:
-        hidden, slope = gelu_and_slope(gate)
+        hidden, slope = gelu_and_slope(add_columns(gate, bias_ptr, cols, N))
+        if centre_ptr is not None:
+            hidden -= tl.load(centre_ptr + cols, mask=cols < N, other=0.0)[None, :]
         dgate = tl.where(keep, dhidden * slope, 0.0)
         dup = dgate
     _store_hidden(dgate, rows, cols, M, dgate_ptr, stride_dgate, N, COLS)
@@ -283,10 +285,15 @@ def _activate_kernel(
     PRECISE: tl.constexpr = a_ptr.dtype.element_ty == tl.float32 and PRECISION == "ieee"
     for half in tl.static_range(2):
         cols = tile_n * BLOCK_N + half * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
-        gate = add_columns(gates[half], b_gate_ptr, cols, N)
-        up = add_columns(ups[half], b_up_ptr, cols, N)
-        _store_hidden(gate, rows, cols, M, gate_ptr, stride_gate, N, COLS)
-        _store_hidden(up, rows, cols, M, up_ptr, stride_gate, N, COLS)
+        gate, up = gates[half], ups[half]
+        if GELU:
+            _store_hidden(gate, rows, cols, M, gate_ptr, stride_gate, N, COLS)
+            gate = add_columns(gate, b_gate_ptr, cols, N)
+        else:
+            gate = add_columns(gate, b_gate_ptr, cols, N)
+            up = add_columns(up, b_up_ptr, cols, N)
+            _store_hidden(gate, rows, cols, M, gate_ptr, stride_gate, N, COLS)
+            _store_hidden(up, rows, cols, M, up_ptr, stride_gate, N, COLS)
         if hidden_ptr is not None:
             if GELU:
                 hidden, _ = gelu_and_slope(gate)
@@ -343,7 +350,7 @@ def _fold_norm_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def _activate_rows_kernel(
-    gate_ptr, up_ptr, hidden_ptr, M, stride_gate, stride_hidden,
+    gate_ptr, up_ptr, bias_ptr, hidden_ptr, M, stride_gate, stride_hidden,
     N: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -355,14 +362,14 @@ def _activate_rows_kernel(
         silu, _ = silu_and_slope(gate, gate_ptr.dtype.element_ty == tl.float32)
         hidden = silu * tl.load(up_ptr + offsets, mask=there, other=0.0).to(tl.float32)
     else:
-        hidden, _ = gelu_and_slope(gate)
+        hidden, _ = gelu_and_slope(add_columns(gate, bias_ptr, cols, N))
     _store_hidden(hidden, rows, cols, M, hidden_ptr, stride_hidden, N, COLS)
 
 
 @triton.jit(do_not_specialize=["M"])
 def _hidden_gradient_kernel(
-    a_ptr, b_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, hidden_ptr, gate_sum_ptr, up_sum_ptr, M, stride_a, stride_b,
-    stride_gate, stride_dgate, stride_hidden,
+    a_ptr, b_ptr, gate_ptr, up_ptr, bias_ptr, centre_ptr, dgate_ptr, dup_ptr, hidden_ptr, gate_sum_ptr, up_sum_ptr, M,
+    stride_a, stride_b, stride_gate, stride_dgate, stride_hidden,
     N: tl.constexpr, COLS: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -375,8 +382,9 @@ def _hidden_gradient_kernel(
     PRECISE: tl.constexpr = gate_ptr.dtype.element_ty == tl.float32 and PRECISION == "ieee"
     for half in tl.static_range(2):
         cols = tile_n * BLOCK_N + half * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
-        dgate, dup = _activation_gradient(halves[half], rows, cols, M, gate_ptr, up_ptr, dgate_ptr, dup_ptr, hidden_ptr,
-                                          stride_gate, stride_dgate, stride_hidden, N, COLS, PRECISE)  # fmt: skip
+        dgate, dup = _activation_gradient(halves[half], rows, cols, M, gate_ptr, up_ptr, bias_ptr, centre_ptr,
+                                          dgate_ptr, dup_ptr, hidden_ptr, stride_gate, stride_dgate, stride_hidden, N,
+                                          COLS, PRECISE)  # fmt: skip
         if gate_sum_ptr is not None:
             tl.store(gate_sum_ptr + tile_m * N + cols, tl.sum(dgate, 0), mask=cols < N)
         if up_sum_ptr is not None:
@@ -385,44 +393,50 @@ def _hidden_gradient_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def _hidden_gradient_rows_kernel(
-    dhidden_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, hidden_ptr, M, stride_dhidden, stride_gate, stride_dgate,
-    stride_hidden, N: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    dhidden_ptr, gate_ptr, up_ptr, bias_ptr, centre_ptr, dgate_ptr, dup_ptr, hidden_ptr, M, stride_dhidden, stride_gate,
+    stride_dgate, stride_hidden, N: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     there = (rows < M)[:, None] & (cols < COLS)[None, :]
     dhidden = tl.load(dhidden_ptr + row_offsets(rows, stride_dhidden) + cols[None, :], mask=there, other=0.0)
-    _activation_gradient(dhidden.to(tl.float32), rows, cols, M, gate_ptr, up_ptr, dgate_ptr, dup_ptr, hidden_ptr,
-                         stride_gate, stride_dgate, stride_hidden, N, COLS,
+    _activation_gradient(dhidden.to(tl.float32), rows, cols, M, gate_ptr, up_ptr, bias_ptr, centre_ptr, dgate_ptr,
+                         dup_ptr, hidden_ptr, stride_gate, stride_dgate, stride_hidden, N, COLS,
                          gate_ptr.dtype.element_ty == tl.float32)  # fmt: skip
 
 
 @triton.jit
-def _layer_scale_gradient_kernel(
-    product_ptr, weight_ptr, bias_ptr, layer_scale_ptr, sum_ptr, dweight_ptr, dbias_ptr, dlayer_scale_ptr,
+def _finish_gradients_kernel(
+    product_ptr, sum_ptr, centre_ptr, weight_ptr, bias_ptr, layer_scale_ptr, dweight_ptr, dbias_ptr, dlayer_scale_ptr,
     stride_weight, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0)
-    scale = tl.load(layer_scale_ptr + n).to(tl.float32)
+    scale = 1.0
+    if layer_scale_ptr is not None:
+        scale = tl.load(layer_scale_ptr + n).to(tl.float32)
+    column_sum = 0.0
+    if sum_ptr is not None:
+        column_sum = tl.load(sum_ptr + n)
     total = tl.zeros([BLOCK_N], tl.float32)
     if product_ptr is not None:
         for start in range(0, K, BLOCK_N):
             cols = start + tl.arange(0, BLOCK_N)
             keep = cols < K
             product = tl.load(product_ptr + tl.cast(n, tl.int64) * K + cols, mask=keep, other=0.0)
-            weight = tl.load(weight_ptr + tl.cast(n, tl.int64) * stride_weight + cols, mask=keep, other=0.0)
-            total += product * weight.to(tl.float32)
+            if centre_ptr is not None:
+                product += column_sum * tl.load(centre_ptr + cols, mask=keep, other=0.0)
+            if dlayer_scale_ptr is not None:
+                weight = tl.load(weight_ptr + tl.cast(n, tl.int64) * stride_weight + cols, mask=keep, other=0.0)
+                total += product * weight.to(tl.float32)
             if dweight_ptr is not None:
                 dweight = (product * scale).to(dweight_ptr.dtype.element_ty)
                 tl.store(dweight_ptr + tl.cast(n, tl.int64) * K + cols, dweight, mask=keep)
-    dscale = tl.sum(total, 0)
-    if sum_ptr is not None:
-        column_sum = tl.load(sum_ptr + n)
-        if dbias_ptr is not None:
-            tl.store(dbias_ptr + n, (column_sum * scale).to(dbias_ptr.dtype.element_ty))
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + n, (column_sum * scale).to(dbias_ptr.dtype.element_ty))
+    if dlayer_scale_ptr is not None:
+        dscale = tl.sum(total, 0)
         if bias_ptr is not None:
             dscale += column_sum * tl.load(bias_ptr + n).to(tl.float32)
-    if dlayer_scale_ptr is not None:
         tl.store(dlayer_scale_ptr + n, dscale.to(dlayer_scale_ptr.dtype.element_ty))
 
 
@@ -548,33 +562,37 @@ def project_normed(
     _project(hidden, weight, shift, layer_scale, row_scale, residual, out, norm.mean, norm.rstd, weight_sums)
 
 
-def activate_rows(kept: Tensor, hidden: Tensor, width: int) -> None:
+def activate_rows(kept: Tensor, bias: Tensor | None, hidden: Tensor, width: int) -> None:
     gate, up = gate_and_up(kept)
-    _launch_rows(_activate_rows_kernel, kept.shape[0], kept.shape[2], gate, up, hidden, kept.shape[0], _stride(kept),
-                 _stride(hidden), N=width, COLS=kept.shape[2])  # fmt: skip
+    _launch_rows(_activate_rows_kernel, kept.shape[0], kept.shape[2], gate, up, bias, hidden, kept.shape[0],
+                 _stride(kept), _stride(hidden), N=width, COLS=kept.shape[2])  # fmt: skip
 
 
 def hidden_gradient(
-    dy: Tensor, w_down: Tensor, kept: Tensor, dkept: Tensor, hidden: Tensor | None, grads: Sequence[Tensor | None]
-) -> None:
+    dy: Tensor, w_down: Tensor, kept: Tensor, bias: Tensor | None, centre: Tensor | None, dkept: Tensor,
+    hidden: Tensor | None, grads: Sequence[Tensor | None],
+) -> None:  # fmt: skip
     rows, (depth, width), cols = dy.shape[0], w_down.shape, kept.shape[2]
     # One partial sum of each bias's gradient for every row of tiles: 1 / BLOCK_M of what the tiles store.
     partials = [None if g is None else torch.empty(triton.cdiv(rows, 32), width, dtype=torch.float32, device=dy.device)
                 for g in grads]  # fmt: skip
     weight = padded_columns(w_down)
-    choice = launch_tiles(_hidden_gradient_kernel, "rich", dy, cols, depth, dy, weight, *gate_and_up(kept),
-                          *gate_and_up(dkept), hidden, *partials, rows, dy.stride(0), weight.stride(0), _stride(kept),
-                          _stride(dkept), _stride(hidden), N=width, COLS=cols)  # fmt: skip
+    choice = launch_tiles(_hidden_gradient_kernel, "rich", dy, cols, depth, dy, weight, *gate_and_up(kept), bias,
+                          centre, *gate_and_up(dkept), hidden, *partials, rows, dy.stride(0), weight.stride(0),
+                          _stride(kept), _stride(dkept), _stride(hidden), N=width, COLS=cols)  # fmt: skip
     for partial, grad in zip(partials, grads, strict=True):
         if partial is not None and grad is not None:
             column_sums(partial[: triton.cdiv(rows, choice["BLOCK_M"])], grad)
 
 
-def hidden_gradient_rows(dhidden: Tensor, kept: Tensor, dkept: Tensor, hidden: Tensor | None, width: int) -> None:
+def hidden_gradient_rows(
+    dhidden: Tensor, kept: Tensor, bias: Tensor | None, centre: Tensor | None, dkept: Tensor, hidden: Tensor | None,
+    width: int,
+) -> None:  # fmt: skip
     rows, cols = dhidden.shape
-    _launch_rows(_hidden_gradient_rows_kernel, rows, cols, dhidden, *gate_and_up(kept), *gate_and_up(dkept), hidden,
-                 rows, dhidden.stride(0), _stride(kept), _stride(dkept), _stride(hidden), N=width,
-                 COLS=cols)  # fmt: skip
+    _launch_rows(_hidden_gradient_rows_kernel, rows, cols, dhidden, *gate_and_up(kept), bias, centre,
+                 *gate_and_up(dkept), hidden, rows, dhidden.stride(0), _stride(kept), _stride(dkept), _stride(hidden),
+                 N=width, COLS=cols)  # fmt: skip
 
 
 def project_rope(*args: Any) -> None:
@@ -583,10 +601,10 @@ def project_rope(*args: Any) -> None:
     triton_kernels.project_rope(*args)
 
 
-def layer_scale_gradient(
-    product: Tensor | None, weight: Tensor, bias: Tensor | None, layer_scale: Tensor, sums: Tensor | None,
-    dweight: Tensor | None, dbias: Tensor | None, dscale: Tensor | None,
+def finish_gradients(
+    product: Tensor | None, sums: Tensor | None, centre: Tensor | None, weight: Tensor, bias: Tensor | None,
+    layer_scale: Tensor | None, dweight: Tensor | None, dbias: Tensor | None, dscale: Tensor | None,
 ) -> None:  # fmt: skip
     width, depth = weight.shape
-    _triton.launch(_layer_scale_gradient_kernel, (width,), row_pieces(depth), product, weight, bias, layer_scale, sums,
-                   dweight, dbias, dscale, weight.stride(0), K=depth)  # fmt: skip
+    _triton.launch(_finish_gradients_kernel, (width,), row_pieces(depth), product, sums, centre, weight, bias,
+                   layer_scale, dweight, dbias, dscale, weight.stride(0), K=depth)  # fmt: skip

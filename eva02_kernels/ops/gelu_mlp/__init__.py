@@ -44,7 +44,7 @@ def gelu_mlp(
         (B, ..., C_out). Gradients reach x, residual, every weight, bias, norm parameter and layer_scale.
 
     Numerics: float32 accumulation; the hidden layer is rounded once when kept; one rounding at the store.
-    Memory: keeps x and G = B*N*F elements (the hidden layer before the GELU), or x alone with ``recompute``.
+    Memory: keeps x and G = B*N*F elements (the hidden layer before b1), or x alone with ``recompute``.
     Raises: ValueError for shapes and dtypes; NotImplementedError with every backend's reason.
     Source: Hendrycks and Gimpel, arXiv:1606.08415; Dosovitskiy et al., arXiv:2010.11929.
     """

@@ -4,9 +4,12 @@ Fused: GELU behind the first product, layer scale, drop path and residual behind
 activation again, and the bias's sums) behind backward's first product. The pre-norm is one pass before the first.
 Bytes: forward writes and reads the normed x and the activation, writes the hidden layer before it (kept, unless
 recompute) and reads x again as the residual. Backward reads the hidden layer and writes its gradient and the
-activation once; products read them from there.
-Numerics: float32 inside each kernel; normed x, the hidden layer, the activation and their
-gradients are rounded once each. Limits: 16,384 columns under a normalisation.
+activation once; products read them from there. In 16 bits the gradient of w2 is a float32 product first, which one
+more pass over a weight finishes (as it does with a layer scale).
+Numerics: float32 inside each kernel; normed x, the hidden layer, the activation and their gradients are rounded once
+each. A 16-bit number is as exact as it is small, and b1 may be far from 0: the hidden layer is kept before b1, and the
+activation that the gradient of w2 is made of is stored less gelu(b1), its centre, which that gradient gets back in
+float32 as (column sums of dy) gelu(b1). Limits: 16,384 columns under a normalisation.
 """
 
 from __future__ import annotations
@@ -71,15 +74,17 @@ def bwd(
         kept = torch.empty(rows, cols, dtype=x.dtype, device=x.device)
         activate(on, normed, w1, b1, None, None, kept=kept[:, None], hidden=None, gelu=True)
     needs_out = (needs[3], needs[4], needs[7])
-    gradient = output_gradient(on, dout2, b2, layer_scale, row_scale, needs_out)
-    hidden = None
+    hidden = centre = None
     if needs[3] or needs[7]:
         hidden = torch.empty(rows, cols, dtype=x.dtype, device=x.device)
+        centre = torch.nn.functional.gelu(b1.float()) if b1 is not None and x.dtype != torch.float32 else None
+    gradient = output_gradient(on, dout2, b2, layer_scale, row_scale, needs_out, centred=centre is not None)
     dkept = torch.empty(rows, 1, cols, dtype=x.dtype, device=x.device)
-    hidden_gradient(on, gradient.dy, w2, kept[:, None], dkept, hidden, db1, None)
+    hidden_gradient(on, gradient.dy, w2, kept[:, None], dkept, hidden, db1, None, bias=b1, centre=centre)
     grads[3], grads[4], grads[7] = output_parameter_gradients(
-        on, gradient, None if hidden is None else hidden[:, : w2.shape[1]], w2, b2, layer_scale, needs_out
-    )
+        on, gradient, None if hidden is None else hidden[:, : w2.shape[1]], w2, b2, layer_scale, needs_out,
+        centre=centre,
+    )  # fmt: skip
     hidden_weight_gradients(on, dkept, normed, dw1, None)
     residual = dout2 if add_x else None
     if not pre_norm and dx is not None:

@@ -38,6 +38,10 @@ _INPUTS_SCHEMA = (
     "Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? pre_weight, Tensor? pre_bias, float pre_eps, "
     "bool pre_norm, Tensor? layer_scale, Tensor? row_scale, bool add_x, bool recompute"
 )
+# Of GPU backends: operands of a product are rounded to 16 bits, in backward the normed x, the gradient of the hidden
+# layer and the activation, which a float32 run does not do; the largest excess over the rule's plain bounds on any
+# sample, block_B included, is 1.25 (float16, gradient of w1).
+_GPU_ERROR_MULTIPLE = 1.5
 _PLACES = (0, 1, 2, 3, 4, 5, 6, 9)  # x, weights and biases, pre-norm, layer scale
 
 
@@ -68,17 +72,17 @@ def _canonical(
     return x, w1, b1, w2, b2, *canonical_pre_norm(pre_norm, x), layer_scale, row_scale, add_x, recompute
 
 
-def _hidden(x: Tensor, args: tuple[Any, ...]) -> Tensor:
-    w1, b1, _, _, pre_weight, pre_bias, pre_eps, has_pre_norm = args[:8]
+def _hidden(x: Tensor, args: tuple[Any, ...], b1: Tensor | None) -> Tensor:
+    w1, _, _, _, pre_weight, pre_bias, pre_eps, has_pre_norm = args[:8]
     if has_pre_norm:
         x = layer_norm_ref(x, pre_weight, pre_bias, pre_eps)
     return linear_ref(x, w1, b1)
 
 
 def _reference(x: Tensor, *args: Any) -> tuple[Tensor]:
-    w2, b2 = args[2:4]
+    _, b1, w2, b2 = args[:4]
     layer_scale, row_scale, add_x, _ = args[8:]
-    hidden = _hidden(x, args)
+    hidden = _hidden(x, args, b1)
     wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
     y = linear_ref(torch.nn.functional.gelu(wide).to(hidden.dtype), w2, b2)
     return (scale_and_add_ref(y, x if add_x else None, layer_scale, row_scale),)
@@ -88,7 +92,7 @@ def _eager_fwd(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     pre_eps, has_pre_norm, recompute = args[6], args[7], args[11]
     kept = x.new_empty(0)
     if not recompute:
-        hidden = _hidden(x, args)
+        hidden = _hidden(x, args, None)
         width = hidden.shape[-1]
         kept = torch.nn.functional.pad(hidden.reshape(num_rows(x), width), (0, padded(width) - width))
     pre = statistics(x, pre_eps) if has_pre_norm else (empty_stats(x, 0), empty_stats(x, 0))
@@ -188,12 +192,12 @@ SPEC = define(
         setup_context=save_mlp,
         backward=_backward,
         backends=(
-            *product_backends("gelu_mlp", _triton_unsupported, _cuda_unsupported, error_multiple=native.ERROR_MULTIPLE),
-            cpu_backend(native.fwd, native.bwd, native.unsupported, error_multiple=native.ERROR_MULTIPLE),
+            *product_backends("gelu_mlp", _triton_unsupported, _cuda_unsupported, error_multiple=_GPU_ERROR_MULTIPLE),
+            cpu_backend(native.fwd, native.bwd, native.unsupported),
             eager_backend(_eager_fwd, _eager_bwd),
         ),
         samples=_samples,
-        saved="x, weights, biases; hidden (rows, F rounded up to 8) unless recompute; statistics float32",
+        saved="x, weights, biases; hidden before b1 (rows, F rounded up to 8) unless recompute; statistics float32",
         bytes_moved=_bytes,
         flops=_flops,
     )
