@@ -411,10 +411,10 @@ def _finish_gradients_kernel(
     stride_weight, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0)
-    scale = 1.0
+    scale = tl.full([], 1.0, tl.float32)
     if layer_scale_ptr is not None:
         scale = tl.load(layer_scale_ptr + n).to(tl.float32)
-    column_sum = 0.0
+    column_sum = tl.full([], 0.0, tl.float32)
     if sum_ptr is not None:
         column_sum = tl.load(sum_ptr + n)
     total = tl.zeros([BLOCK_N], tl.float32)
