@@ -272,6 +272,8 @@ __global__ void __launch_bounds__(kProductThreads, kTf32 ? Tile::kCtas : 3)
   constexpr bool kDual = Epilogue::kDual;
   constexpr int kTileN = kDual ? Tile::kN / 2 : Tile::kN;  // columns of each product
   constexpr int kMTiles = Tile::kWarpM / 16, kNTiles = Tile::kWarpN / 8;
+  // Of three parts of float32 and weights that are apart ptxas spills for 9.0 where both steps' loads may come first.
+  constexpr int kTogether = !kTf32 && std::is_same_v<typename Epilogue::Params, ProjectPartsParams> ? 1 : 2;
   using A = OperandTile<T, kAK, Tile::kM>;
   using B = OperandTile<T, kBK, Tile::kN, kDual>;
   extern __shared__ __align__(128) char shared[];
@@ -311,7 +313,7 @@ __global__ void __launch_bounds__(kProductThreads, kTf32 ? Tile::kCtas : 3)
     __syncthreads();
     load(step + kStages - 1);
     char* stage = shared + step % kStages * Tile::kStageBytes;
-#pragma unroll
+#pragma unroll(kTogether)
     for (int k = 0; k < kStepBytes / 32; ++k) {
       uint32_t a[kMTiles][4];
 #pragma unroll
@@ -408,9 +410,10 @@ __global__ void __launch_bounds__(kProductThreads, kTf32 ? Tile::kCtas : 3)
   }
 }
 
-// The epilogue alone, of products that are in memory: a thread for 8 columns of a row.
+// The epilogue alone, of products that are in memory: a thread for 8 columns of a row. Those that also sum columns hold
+// most; bound for ten CTAs ptxas leaves them a few registers more than it would, and spills none.
 template <class T, class Epilogue>
-__global__ void __launch_bounds__(kProductThreads)
+__global__ void __launch_bounds__(kProductThreads, Epilogue::kSums ? 10 : 0)
     epilogue_kernel(const __grid_constant__ typename Epilogue::Params params) {
   const Product& p = product_of(params);
   const int64_t pieces = ceil_div<int64_t>(p.N, kColumns);
