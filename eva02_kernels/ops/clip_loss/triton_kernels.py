@@ -70,6 +70,14 @@ def _factors(scale_ptr):
 
 
 @triton.jit
+def _add_product(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b. In float32 a b is summed by itself first: one chain of sums over all of K would err by its length."""
+    if a.dtype == tl.float32 and PRECISION == "ieee":
+        return fused(dot(a, b, tl.zeros_like(acc), PRECISION), 1.0, acc)  # a sum of both would become one chain again
+    return dot(a, b, acc, PRECISION)
+
+
+@triton.jit
 def _products(
     row_ptr, key_ptr, rows, cols, M, N, stride_row, stride_key, D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
@@ -86,7 +94,7 @@ def _products(
         else:
             a = tl.load(row_ptrs, mask=(k < D - start)[None, :], other=0.0)
             b = tl.load(key_ptrs, mask=(k < D - start)[:, None], other=0.0)
-        acc = dot(a, b, acc, PRECISION)
+        acc = _add_product(a, b, acc, PRECISION)
         row_ptrs += BLOCK_K
         key_ptrs += BLOCK_K
     return acc
@@ -218,7 +226,8 @@ def _features_kernel(
             slopes = slope_ptr + row_offsets(rows, stride_slope) + (start + k)[None, :]
             a = tl.load(slopes, mask=(start + k < stride_slope)[None, :] & (rows < M)[:, None], other=0.0)
         x = x_ptr + row_offsets(start + k, stride_x) + cols[None, :]
-        acc = dot(a, tl.load(x, mask=there[:, None] & (cols < D)[None, :], other=0.0), acc, PRECISION)
+        b = tl.load(x, mask=there[:, None] & (cols < D)[None, :], other=0.0)
+        acc = _add_product(a, b, acc, PRECISION)
     keep = (rows < M)[:, None] & (cols < D)[None, :]
     out = row_offsets(rows, D) + cols[None, :]
     if before_ptr is not None:
