@@ -189,7 +189,7 @@ MUTANTS = (
     product("product_second_mma_step_is_the_first", "(fragment ^ step * 32)", "(fragment ^ 0 * 32)"),
     product("product_up_takes_gate_weight", "(kTwo && j % 2 ? other_bytes : 0)", "0", "swiglu_mlp", "activate"),
     product("product_exchanges_once", "bit <= 2; bit *= 2", "bit <= 1; bit *= 2"),
-    Mutant("product_float32_in_two_parts", "common/mma.cuh", "    mma_tf32(part, a2, b0);\n", "", "linear",
+    Mutant("product_float32_in_two_parts", "common/mma.cuh", "  mma_tf32(d, a2, b0);\n", "", "linear",
            "gemm/gemm_cuda.cu", test="tests/test_cuda_products.py::test_no_bit_of_float32_operands_is_lost"),
     product("product_last_group_of_rows_too_high", "min(kGroupRows, tiles_m - group * kGroupRows)", "kGroupRows"),
     product("product_stores_beyond", "if (row >= rows || column >= N) continue;", "if (column >= N) continue;"),

@@ -113,6 +113,31 @@ __device__ inline uint32_t split_tf32(uint32_t& v) {
   return __float_as_uint(x - __uint_as_float(v));
 }
 
+// d += A B of float32 in three parts each, the smallest products first: tensor cores truncate their sums, so that d is
+// to be small, of a step or two, and what is larger to be summed by FADD. The last parts are exact in tf32 but for
+// float32's own last bits.
+__device__ inline void mma_parts(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  uint32_t a0[4], a1[4], a2[4], b0[2], b1[2], b2[2];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    a0[i] = a[i];
+    a1[i] = split_tf32(a0[i]);
+    a2[i] = split_tf32(a1[i]);
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    b0[i] = b[i];
+    b1[i] = split_tf32(b0[i]);
+    b2[i] = split_tf32(b1[i]);
+  }
+  mma_tf32(d, a2, b0);
+  mma_tf32(d, a0, b2);
+  mma_tf32(d, a1, b1);
+  mma_tf32(d, a1, b0);
+  mma_tf32(d, a0, b1);
+  mma_tf32(d, a0, b0);
+}
+
 // d += A B. kTf32: float32 operands are rounded to tf32 (16-bit ones are as they are).
 template <class T, bool kTf32>
 __device__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
@@ -132,28 +157,8 @@ __device__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
     const uint32_t br[2] = {tf32_of(__uint_as_float(b[0])), tf32_of(__uint_as_float(b[1]))};
     mma_tf32(d, ar, br);
   } else {
-    uint32_t a0[4], a1[4], a2[4], b0[2], b1[2], b2[2];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      a0[i] = a[i];
-      a1[i] = split_tf32(a0[i]);
-      a2[i] = split_tf32(a1[i]);
-    }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      b0[i] = b[i];
-      b1[i] = split_tf32(b0[i]);
-      b2[i] = split_tf32(b1[i]);
-    }
-    // The smallest first, on their own: tensor cores truncate a sum, so that d, the larger, is rounded once, by FADD.
-    // The last parts are exact in tf32 but for float32's own last bits.
     float part[4] = {};
-    mma_tf32(part, a2, b0);
-    mma_tf32(part, a0, b2);
-    mma_tf32(part, a1, b1);
-    mma_tf32(part, a1, b0);
-    mma_tf32(part, a0, b1);
-    mma_tf32(part, a0, b0);
+    mma_parts(part, a, b);
 #pragma unroll
     for (int i = 0; i < 4; ++i) d[i] += part[i];
   }

@@ -272,8 +272,8 @@ __global__ void __launch_bounds__(kProductThreads, kTf32 ? Tile::kCtas : 3)
   constexpr bool kDual = Epilogue::kDual;
   constexpr int kTileN = kDual ? Tile::kN / 2 : Tile::kN;  // columns of each product
   constexpr int kMTiles = Tile::kWarpM / 16, kNTiles = Tile::kWarpN / 8;
-  // Of three parts of float32 and weights that are apart ptxas spills for 9.0 where both steps' loads may come first.
-  constexpr int kTogether = !kTf32 && std::is_same_v<typename Epilogue::Params, ProjectPartsParams> ? 1 : 2;
+  // Steps of mma that are summed on their own: of three parts of float32 both, which halves the chain of sums over K.
+  constexpr int kSteps = kStepBytes / 32, kTogether = kTf32 ? 1 : kSteps;
   using A = OperandTile<T, kAK, Tile::kM>;
   using B = OperandTile<T, kBK, Tile::kN, kDual>;
   extern __shared__ __align__(128) char shared[];
@@ -313,27 +313,42 @@ __global__ void __launch_bounds__(kProductThreads, kTf32 ? Tile::kCtas : 3)
     __syncthreads();
     load(step + kStages - 1);
     char* stage = shared + step % kStages * Tile::kStageBytes;
-#pragma unroll(kTogether)
-    for (int k = 0; k < kStepBytes / 32; ++k) {
-      uint32_t a[kMTiles][4];
 #pragma unroll
-      for (int m = 0; m < kMTiles; ++m) A::template load_fragment<true>(a[m], stage, a_fragment, m * 16, k);
+    for (int k = 0; k < kSteps; k += kTogether) {
+      uint32_t a[kMTiles][kTogether][4];
+#pragma unroll
+      for (int m = 0; m < kMTiles; ++m)
+#pragma unroll
+        for (int j = 0; j < kTogether; ++j) A::template load_fragment<true>(a[m][j], stage, a_fragment, m * 16, k + j);
       if constexpr (Epilogue::kRowSums) {
         if (sums_rows) {
           const uint32_t ones[2] = {two_ones<T>(), two_ones<T>()};
 #pragma unroll
-          for (int m = 0; m < kMTiles; ++m) mma<T, false>(row_sums[m], a[m], ones);
+          for (int m = 0; m < kMTiles; ++m)
+#pragma unroll
+            for (int j = 0; j < kTogether; ++j) mma<T, false>(row_sums[m], a[m][j], ones);
         }
       }
 #pragma unroll
       for (int n = 0; n < kNTiles; n += 2) {
-        uint32_t b[4];
-        B::template load_fragment<false>(b, stage + Tile::kM * kStepBytes, b_fragment, n * 8, k);
+        uint32_t b[kTogether][4];
+#pragma unroll
+        for (int j = 0; j < kTogether; ++j)
+          B::template load_fragment<false>(b[j], stage + Tile::kM * kStepBytes, b_fragment, n * 8, k + j);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const uint32_t column[2] = {b[2 * half], b[2 * half + 1]};
 #pragma unroll
-          for (int m = 0; m < kMTiles; ++m) mma<T, kTf32>(acc[m][n + half], a[m], column);
+          for (int m = 0; m < kMTiles; ++m) {
+            if constexpr (kTf32) {
+              mma<T, true>(acc[m][n + half], a[m][0], {b[0][2 * half], b[0][2 * half + 1]});
+            } else {
+              float part[4] = {};
+#pragma unroll
+              for (int j = 0; j < kTogether; ++j) mma_parts(part, a[m][j], {b[j][2 * half], b[j][2 * half + 1]});
+#pragma unroll
+              for (int i = 0; i < 4; ++i) acc[m][n + half][i] += part[i];
+            }
+          }
         }
       }
     }

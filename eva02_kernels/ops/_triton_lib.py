@@ -40,6 +40,14 @@ def fused(a, b, c):
 
 
 @triton.jit
+def add_product(a, b, acc, PRECISION: tl.constexpr):
+    """As dot, for long sums. In float32 a b is summed by itself first: one chain over all of K errs by its length."""
+    if a.dtype == tl.float32 and PRECISION == "ieee":
+        return fused(dot(a, b, tl.zeros_like(acc), PRECISION), 1.0, acc)  # Triton makes a plain sum one chain again
+    return dot(a, b, acc, PRECISION)
+
+
+@triton.jit
 def inverse_sqrt(x):
     """1 / sqrt(x), float32. A GPU approximates it; a step of Newton's, for its error would be that of a whole row."""
     r = tl.rsqrt(x)

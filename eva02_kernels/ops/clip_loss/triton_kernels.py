@@ -22,7 +22,7 @@ from torch import Tensor
 from eva02_kernels import _triton
 from eva02_kernels._launch import ONE_SUM, PARTIAL_STATISTICS, Choice, similarities, similarity_rows
 from eva02_kernels.ops._common import empty_like_needed, present, rows_2d
-from eva02_kernels.ops._triton_lib import dot, fused, row_offsets
+from eva02_kernels.ops._triton_lib import add_product, fused, row_offsets
 
 
 @triton.jit
@@ -70,14 +70,6 @@ def _factors(scale_ptr):
 
 
 @triton.jit
-def _add_product(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b. In float32 a b is summed by itself first: one chain of sums over all of K would err by its length."""
-    if a.dtype == tl.float32 and PRECISION == "ieee":
-        return fused(dot(a, b, tl.zeros_like(acc), PRECISION), 1.0, acc)  # a sum of both would become one chain again
-    return dot(a, b, acc, PRECISION)
-
-
-@triton.jit
 def _products(
     row_ptr, key_ptr, rows, cols, M, N, stride_row, stride_key, D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
@@ -94,7 +86,7 @@ def _products(
         else:
             a = tl.load(row_ptrs, mask=(k < D - start)[None, :], other=0.0)
             b = tl.load(key_ptrs, mask=(k < D - start)[:, None], other=0.0)
-        acc = _add_product(a, b, acc, PRECISION)
+        acc = add_product(a, b, acc, PRECISION)
         row_ptrs += BLOCK_K
         key_ptrs += BLOCK_K
     return acc
@@ -227,7 +219,7 @@ def _features_kernel(
             a = tl.load(slopes, mask=(start + k < stride_slope)[None, :] & (rows < M)[:, None], other=0.0)
         x = x_ptr + row_offsets(start + k, stride_x) + cols[None, :]
         b = tl.load(x, mask=there[:, None] & (cols < D)[None, :], other=0.0)
-        acc = _add_product(a, b, acc, PRECISION)
+        acc = add_product(a, b, acc, PRECISION)
     keep = (rows < M)[:, None] & (cols < D)[None, :]
     out = row_offsets(rows, D) + cols[None, :]
     if before_ptr is not None:

@@ -26,7 +26,7 @@ from torch import Tensor
 from eva02_kernels import _launch, _triton
 from eva02_kernels._launch import Choice
 from eva02_kernels.ops._common import contiguous, last_dense
-from eva02_kernels.ops._triton_lib import INTERPRETED, column_sums, dot, inverse_sqrt, parameter_partials
+from eva02_kernels.ops._triton_lib import INTERPRETED, add_product, column_sums, dot, inverse_sqrt, parameter_partials
 from eva02_kernels.ops._triton_rope import (
     ROPE_INTEGERS,
     load_cos_sin,
@@ -225,6 +225,16 @@ def _store_gradient(
         store_pairs(ptr, offsets, a0, b0, there, 0, P0, HALF, INTERLEAVED)
         if P1 > 0:
             store_pairs(ptr, offsets, a1, b1, there, P0, P1, HALF, INTERLEAVED)
+
+
+@triton.jit
+def _add_queries(a, b, acc, PAIRS: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + a b, of heads up to 96 channels as a long sum: with more, registers for it would cost a block's room."""
+    if PAIRS <= 48:
+        acc = add_product(a, b, acc, PRECISION)
+    else:
+        acc = dot(a, b, acc, PRECISION)
+    return acc
 
 
 # ---- where a program works -------------------------------------------------------------------------------------------
@@ -506,14 +516,14 @@ def _rope_attention_bwd_dkdv_kernel(
             allowed = _allowed(query[None, :], key[:, None], length, mask_ptr, sample, seq_len, CAUSAL)
             p = tl.exp2(tl.where(allowed, scores * scale2 - lse[None, :], float("-inf")))
             dp = dot(v0, tl.trans(g0), tl.zeros([BLOCK_N, BLOCK_M], tl.float32), PRECISION)
-            dv0 = dot(p.to(g0.dtype), g0, dv0, PRECISION)
+            dv0 = _add_queries(p.to(g0.dtype), g0, dv0, P0 + P1, PRECISION)
             if P1 > 0:
                 dp = dot(v1, tl.trans(g1), dp, PRECISION)
-                dv1 = dot(p.to(g1.dtype), g1, dv1, PRECISION)
+                dv1 = _add_queries(p.to(g1.dtype), g1, dv1, P0 + P1, PRECISION)
             ds = (p * (dp - delta[None, :])).to(q0.dtype)
-            dk0 = dot(ds, q0, dk0, PRECISION)
+            dk0 = _add_queries(ds, q0, dk0, P0 + P1, PRECISION)
             if P1 > 0:
-                dk1 = dot(ds, q1, dk1, PRECISION)
+                dk1 = _add_queries(ds, q1, dk1, P0 + P1, PRECISION)
     scale = tl.cast(scale, tl.float32)
     key = _again(block, turns) * BLOCK_N + tl.arange(0, BLOCK_N)
     exists = key < length
