@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.kernels import CASES, MAX_RATIO, Case, accesses, compare
+from benchmarks.kernels import CASES, MAX_RATIO, Case, accesses, compare, excesses
 from benchmarks.traffic import Launched, run_case
 from eva02_kernels._native import LIBRARY_DIR
 from eva02_kernels.bench.report import print_table
@@ -191,10 +191,9 @@ def moved_by_rows(
 
 def beyond_the_minimum(moved: dict[str, dict[str, tuple[float, float]]]) -> list[str]:
     return [
-        f"{case} {direction}: {distinct} of the minimum bytes, allowed {MAX_RATIO}"
+        line
         for case, directions in moved.items()
-        for direction, (distinct, _) in directions.items()
-        if distinct > MAX_RATIO and f"{case.split()[0]} {direction}" not in EXCEPTIONS
+        for line in excesses(case, {direction: distinct for direction, (distinct, _) in directions.items()}, EXCEPTIONS)
     ]
 
 

@@ -11,7 +11,7 @@ import multiprocessing
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -585,6 +585,16 @@ def compare(name: str, old: dict[str, Any], new: dict[str, Any], *, same_tools: 
     return [f"{name}: {line}" for line in worse]
 
 
+def excesses(case: str, ratios: dict[str, float], exceptions: Collection[str]) -> list[str]:
+    """A line for each direction of a row operator that moves too much; exceptions are "operator direction"."""
+    op = case.split()[0]
+    return [
+        f"{case} {direction}: {ratio} of the minimum bytes, allowed {MAX_RATIO}"
+        for direction, ratio in ratios.items()
+        if ratio > MAX_RATIO and f"{op} {direction}" not in exceptions
+    ]
+
+
 def violations(budget: dict[str, Any], found: dict[str, dict[str, Any]], *, whole: bool = False) -> list[str]:
     """What is worse than the budget, a line each; ``whole``: the plan is all of it, so that nothing may be missing."""
     same_tools = budget["tools"] == tools()
@@ -592,9 +602,10 @@ def violations(budget: dict[str, Any], found: dict[str, dict[str, Any]], *, whol
     for key, now in found.items():
         lines += [f"{key}: {failure}" for failure in now["failed"]]
         old = budget["groups"].get(key)
+        ratios = {direction: b["ratio"] for direction, b in now.get("bytes", {}).items()}
+        case = key.split(maxsplit=2)[2]
+        lines += [f"{key}: {line}" for line in excesses(case, ratios, EXCEPTIONS)]
         for direction, b in now.get("bytes", {}).items():
-            if b["ratio"] > MAX_RATIO and f"{key.split()[2]} {direction}" not in EXCEPTIONS:
-                lines.append(f"{key} {direction}: {b['ratio']} of the minimum bytes, allowed {MAX_RATIO}")
             if old and b["ratio"] > old["bytes"][direction]:
                 lines.append(f"{key} {direction}: {b['ratio']} of the minimum bytes, was {old['bytes'][direction]}")
         if old is None:

@@ -79,6 +79,8 @@ MUTANTS = (
     # ---- what the kernels share --------------------------------------------------------------------------------------
     M("dot_forgets_the_sum_so_far", LIB, "dot", "tl.dot(a, b, acc,", "tl.dot(a, b, acc * 0.0,",
       "linear rope_attention"),
+    M("sum_of_pieces_forgets_the_sum_so_far", LIB, "add_product", "1.0, acc)", "1.0, acc * 0.0)",
+      "clip_loss rope_attention"),
     M("norm_variance_not_centred", LIB, "mean_and_rstd", "x - mean[:, None]", "x", NORMS),
     M("norm_mean_over_the_block", LIB, "mean_and_rstd", "mean = tl.sum(x, 1) * (1.0 / N)",
       "mean = tl.sum(x, 1) / x.shape[1]", NORMS),
@@ -385,8 +387,8 @@ MUTANTS = (
       "dpred = other[:, None] * t + of_pred[:, None] * p", "masked_cosine_loss",
       equivalent="what is loaded of a padding row, and its coefficients, are zeros already"),
     # ---- clip_loss ---------------------------------------------------------------------------------------------------
-    M("clip_product_of_the_last_columns", CLIP, "_products", "acc = dot(a, b, acc,", "acc = dot(a, b, acc * 0.0,",
-      "clip_loss"),
+    M("clip_product_of_the_last_columns", CLIP, "_products", "acc = add_product(a, b, acc,",
+      "acc = add_product(a, b, acc * 0.0,", "clip_loss"),
     M("clip_target_of_another_pair", CLIP, "_statistics_kernel", "own = (rows + first)[:, None] == cols[None, :]",
       "own = (rows + 1)[:, None] == cols[None, :]", "clip_loss"),
     M("clip_takes_columns_beyond_the_last", CLIP, "_statistics_kernel", "(cols < N)[None, :], logits",

@@ -36,6 +36,7 @@ def test_is_accurate(op, sample, dtype, backend, device):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_weight_gradient_behind_a_far_bias_is_accurate(dtype, layer_scale, backend, device):
     """What a GELU keeps and multiplies in 16 bits was rounded with its bias: 64 here, where rows of dout cancel it."""
+    _skip_where_refused("gelu_mlp", get_spec("gelu_mlp").samples()[0], dtype, backend, device)
     generator = torch.Generator().manual_seed(0)
     x, w1, w2, rows = (torch.randn(*s, generator=generator).to(dtype) for s in ((64, 16), (24, 16), (16, 24), (32, 16)))
     dout, scale = torch.cat((rows, -rows)), torch.full((16,), 2.0) if layer_scale else None
@@ -49,6 +50,30 @@ def test_the_weight_gradient_behind_a_far_bias_is_accurate(dtype, layer_scale, b
 
     error = measure_error(gradient(backend, device, dtype), gradient("eager", "cpu", torch.float64))
     assert error.max < 4 * torch.finfo(dtype).eps, error
+
+
+@pytest.mark.parametrize("wanted", ["x", "w1", "b1", "w2", "b2", "layer_scale"])
+@pytest.mark.parametrize("layer_scale", [False, True])
+def test_one_gradient_of_gelu_mlp_alone_is_accurate(wanted, layer_scale, backend, device):
+    """Whether w2's is wanted decides whether the hidden layer is made again, centred, and which columns are summed."""
+    if wanted == "layer_scale" and not layer_scale:
+        pytest.skip("there is none")
+    _skip_where_refused("gelu_mlp", get_spec("gelu_mlp").samples()[0], torch.bfloat16, backend, device)
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"x": (2, 9, 16), "w1": (13, 16), "b1": (13,), "w2": (16, 13), "b2": (16,), "layer_scale": (16,)}
+    inputs = {name: torch.randn(*shape, generator=generator).bfloat16() for name, shape in shapes.items()}
+    row_scale, dout = torch.tensor([0.0, 1.25]), torch.randn(2, 9, 16, generator=generator).bfloat16()
+    if not layer_scale:
+        inputs["layer_scale"] = None
+
+    def gradient(backend, device, dtype):
+        given = {name: None if t is None else t.to(device, dtype) for name, t in inputs.items()}
+        given[wanted].requires_grad_()
+        out = eva02_kernels.gelu_mlp(**given, residual=given["x"], row_scale=row_scale.to(device), backend=backend)
+        return torch.autograd.grad(out, given[wanted], dout.to(device, dtype))[0].cpu()
+
+    error = measure_error(gradient(backend, device, torch.bfloat16), gradient("eager", "cpu", torch.float64))
+    assert error.max < 4 * torch.finfo(torch.bfloat16).eps, error
 
 
 @pytest.mark.parametrize(("op", "sample"), samples(large=False))

@@ -113,7 +113,7 @@ def project_normed(
 
 def activate_rows(kept: Tensor, bias: Tensor | None, hidden: Tensor, width: int) -> None:
     gate, up = (None if t is None else t[:, :width] for t in gate_and_up(kept))
-    lib.activate(None, None, None, gate, up, *contiguous(bias), None, None, False, None, None, hidden, None)
+    lib.activate(None, None, None, gate, up, bias, None, None, False, None, None, hidden, None)
 
 
 def hidden_gradient(
@@ -121,7 +121,7 @@ def hidden_gradient(
     hidden: Tensor | None, grads: Sequence[Tensor | None],
 ) -> None:  # fmt: skip
     weight = padded_columns(w_down)[:, : w_down.shape[1]]  # rows of 16 bytes' multiples
-    lib.hidden_gradient(dy, weight, None, *gate_and_up(kept), *contiguous(bias), centre, _tf32(dy),
+    lib.hidden_gradient(dy, weight, None, *gate_and_up(kept), bias, centre, _tf32(dy),
                         *gate_and_up(dkept), hidden, *grads)  # fmt: skip
 
 
@@ -129,7 +129,7 @@ def hidden_gradient_rows(
     dhidden: Tensor, kept: Tensor, bias: Tensor | None, centre: Tensor | None, dkept: Tensor, hidden: Tensor | None,
     width: int,
 ) -> None:  # fmt: skip
-    lib.hidden_gradient(None, None, dhidden[:, :width], *gate_and_up(kept), *contiguous(bias), centre, False,
+    lib.hidden_gradient(None, None, dhidden[:, :width], *gate_and_up(kept), bias, centre, False,
                         *gate_and_up(dkept), hidden, None, None)  # fmt: skip
 
 

@@ -82,7 +82,7 @@ class Kernels(Protocol):
         kept: Tensor | None, hidden: Tensor | None, norm_weight: Tensor | None = None,
     ) -> Any:  # fmt: skip
         """kept (rows, 2, Fp) = gate and up, hidden (rows, Fp) = silu(gate) * up; without w_up kept (rows, 1, Fp) =
-        gate before its bias and hidden = gelu(gate). With ``norm_weight`` hidden is multiplied by it and what
+        gate before its bias and hidden = gelu(gate + bias). With ``norm_weight`` hidden is multiplied by it and what
         :meth:`project_normed` needs of the rows is returned."""
 
     @staticmethod
@@ -278,8 +278,8 @@ def activate(
     kept: Tensor | None, hidden: Tensor | None, gelu: bool = False, norm_weight: Tensor | None = None,
 ) -> Any:  # fmt: skip
     """kept (rows, 2, Fp) = gate and up, hidden (rows, Fp) = silu(gate) * up; with ``gelu`` kept (rows, 1, Fp) = gate
-    before its bias and hidden = gelu(gate). Without w_up, w_gate is packed (or the only one). Either output may be
-    None.
+    before its bias and hidden = gelu(gate + bias). Without w_up, w_gate is packed (or the only one). Either output may
+    be None.
 
     ``norm_weight``, where :func:`folds_norm`: see ``Kernels.activate``.
     """
@@ -381,8 +381,8 @@ def hidden_weight_gradients(
 
 # ---- gradients of an output projection -------------------------------------------------------------------------------
 class OutputGradient(NamedTuple):
-    """dy, the gradient of a product a W^T + b; that without the layer scale; the column sums of the latter, where there
-    was a pass over it anyway."""
+    """dy, the gradient of a product a W^T + b; that without the layer scale; the column sums of the latter, where
+    a pass over it makes them."""
 
     dy: Tensor
     unscaled: Tensor

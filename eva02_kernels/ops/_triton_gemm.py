@@ -6,8 +6,8 @@ launch; the activation's gradient behind the product that gives it, which recomp
 and sums its columns for the biases.
 Two routes (``_launch.fused_gemm``): fused as above, or torch.mm (cuBLAS) for the products and one Triton kernel over
 rows for what is around them. Products of backward that have nothing to fuse (weight gradients, input gradients) are
-torch.mm on either route; 16-bit ones are rounded once, and cuBLAS may add split sums in 16 bits where torch's
-``allow_*_reduced_precision_reduction`` lets it.
+torch.mm on either route; 16-bit ones are rounded once, where finish_gradients does not take them in float32, and cuBLAS
+may add split sums in 16 bits where torch's ``allow_*_reduced_precision_reduction`` lets it.
 Launch: BLOCK_M x BLOCK_N tiles in groups of rows, each tile all of K in a pipelined loop. Numerics: float32 sums,
 float32 epilogue, one rounding an output. Limits: last dims contiguous, any row stride.
 """

@@ -2,10 +2,11 @@
 
 Fused: GELU behind the first product, layer scale, drop path and residual behind the second; GELU's gradient (with the
 activation again, and the bias's sums) behind backward's first product. The pre-norm is one pass before the first.
-Bytes: forward writes and reads the normed x and the activation, writes the hidden layer before it (kept, unless
+Bytes: forward writes and reads the normed x and the activation, writes the hidden layer before b1 (kept, unless
 recompute) and reads x again as the residual. Backward reads the hidden layer and writes its gradient and the
-activation once; products read them from there. In 16 bits the gradient of w2 is a float32 product first, which one
-more pass over a weight finishes (as it does with a layer scale).
+activation once; products read them from there. In 16 bits with b1 the gradient of w2 is a float32 product first, which
+one more pass over a weight finishes, and dout is read once more for its sums (both as with a layer scale; on HIP that
+product is of float32 copies).
 Numerics: float32 inside each kernel; normed x, the hidden layer, the activation and their gradients are rounded once
 each. A 16-bit number is as exact as it is small, and b1 may be far from 0: the hidden layer is kept before b1, and the
 activation that the gradient of w2 is made of is stored less gelu(b1), its centre, which that gradient gets back in

@@ -192,7 +192,13 @@ SPEC = define(
         setup_context=save_mlp,
         backward=_backward,
         backends=(
-            *product_backends("gelu_mlp", _triton_unsupported, _cuda_unsupported, error_multiple=_GPU_ERROR_MULTIPLE),
+            *product_backends(
+                "gelu_mlp",
+                _triton_unsupported,
+                _cuda_unsupported,
+                error_multiple=_GPU_ERROR_MULTIPLE,
+                float32_multiple=1.0,
+            ),
             cpu_backend(native.fwd, native.bwd, native.unsupported),
             eager_backend(_eager_fwd, _eager_bwd),
         ),
