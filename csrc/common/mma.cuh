@@ -113,9 +113,9 @@ __device__ inline uint32_t split_tf32(uint32_t& v) {
   return __float_as_uint(x - __uint_as_float(v));
 }
 
-// d += A B of float32 in three parts each, the smallest products of a step first: tensor cores truncate their sums, so that d is
-// to be small, of a step or two, and what is larger to be summed by FADD. The last parts are exact in tf32 but for
-// float32's own last bits.
+// d += A B of float32 in three parts each, the smallest products of a step first: tensor cores truncate their sums, so
+// that d is to be small, of a step or two, and what is larger to be summed by FADD. The last parts are exact in tf32
+// but for float32's own last bits.
 __device__ inline void mma_parts(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   uint32_t a0[4], a1[4], a2[4], b0[2], b1[2], b2[2];
 #pragma unroll
