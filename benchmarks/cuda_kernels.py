@@ -193,7 +193,9 @@ def beyond_the_minimum(moved: dict[str, dict[str, tuple[float, float]]]) -> list
     return [
         line
         for case, directions in moved.items()
-        for line in excesses(case, {direction: distinct for direction, (distinct, _) in directions.items()}, EXCEPTIONS)
+        for line in excesses(
+            case, case.split()[0], {way: distinct for way, (distinct, _) in directions.items()}, EXCEPTIONS
+        )
     ]
 
 

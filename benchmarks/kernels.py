@@ -585,9 +585,8 @@ def compare(name: str, old: dict[str, Any], new: dict[str, Any], *, same_tools: 
     return [f"{name}: {line}" for line in worse]
 
 
-def excesses(case: str, ratios: dict[str, float], exceptions: Collection[str]) -> list[str]:
+def excesses(case: str, op: str, ratios: dict[str, float], exceptions: Collection[str]) -> list[str]:
     """A line for each direction of a row operator that moves too much; exceptions are "operator direction"."""
-    op = case.split()[0]
     return [
         f"{case} {direction}: {ratio} of the minimum bytes, allowed {MAX_RATIO}"
         for direction, ratio in ratios.items()
@@ -603,11 +602,10 @@ def violations(budget: dict[str, Any], found: dict[str, dict[str, Any]], *, whol
         lines += [f"{key}: {failure}" for failure in now["failed"]]
         old = budget["groups"].get(key)
         ratios = {direction: b["ratio"] for direction, b in now.get("bytes", {}).items()}
-        case = key.split(maxsplit=2)[2]
-        lines += [f"{key}: {line}" for line in excesses(case, ratios, EXCEPTIONS)]
-        for direction, b in now.get("bytes", {}).items():
-            if old and b["ratio"] > old["bytes"][direction]:
-                lines.append(f"{key} {direction}: {b['ratio']} of the minimum bytes, was {old['bytes'][direction]}")
+        lines += excesses(key, key.split()[2], ratios, EXCEPTIONS)
+        for direction, ratio in ratios.items():
+            if old and ratio > old["bytes"][direction]:
+                lines.append(f"{key} {direction}: {ratio} of the minimum bytes, was {old['bytes'][direction]}")
         if old is None:
             lines.append(f"{key}: not in the budget")
             continue
