@@ -4,6 +4,7 @@ Every function is a PyTorch operator with autograd; ``python -m eva02_kernels.in
 Importing this package starts no device context and needs no compiler.
 """
 
+from eva02_kernels._native import empty_cache
 from eva02_kernels._registry import Selection, reset_stats, select, stats, strict
 from eva02_kernels.ops.add_layer_norm import add_layer_norm
 from eva02_kernels.ops.apply_rope import apply_rope
@@ -37,6 +38,7 @@ __all__ = [
     "add_layer_norm",
     "apply_rope",
     "clip_loss",
+    "empty_cache",
     "gather_layer_norm",
     "gather_tokens",
     "gelu_mlp",

@@ -112,6 +112,24 @@ def set_cpu_isa(name: str) -> None:
     torch.ops.eva02_kernels_C.cpu_isa_set(ISA_NAMES.index(name))
 
 
+def empty_cache() -> None:
+    """Give back to the system the memory that the CPU kernels keep for their next calls.
+
+    They work in memory of their own, at most 256 MiB of which stays allocated after a call, because fresh memory costs
+    page faults. Does nothing where there is no compiled CPU library. CUDA and Triton kernels take their workspaces from
+    PyTorch's allocator, whose own ``torch.cuda.empty_cache`` returns them.
+    """
+    if cpu_library()[0]:
+        limit = torch.ops.eva02_kernels_C.keep_workspaces(0)
+        torch.ops.eva02_kernels_C.keep_workspaces(limit)
+
+
+def fill_workspaces_with_nan(fill: bool) -> None:
+    """Fill what the CPU kernels work in with NaN at each call (for tests)."""
+    if cpu_library()[0]:
+        torch.ops.eva02_kernels_C.fill_workspaces_with_nan(fill)
+
+
 # ---- CUDA ------------------------------------------------------------------------------------------------------------
 MIN_CAPABILITY = 80
 # Set by testing.executing("simulator"): CPU tensors reach the CUDA operators, built for the simulator.

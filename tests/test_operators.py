@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import resource
+from pathlib import Path
+
 import pytest
 import torch
 from samples import DTYPES, samples
@@ -302,6 +306,57 @@ def test_an_mlp_keeps_gate_and_up_and_recompute_keeps_x_alone(cpu_library):
 
     assert kept(False) == rows * 2 * 32 * 4  # rows padded to a multiple of 8
     assert kept(True) == 0
+
+
+@pytest.mark.parametrize("op", ["swiglu_mlp", "gelu_mlp"])
+def test_an_mlp_without_gradients_writes_nothing_for_backward(op):
+    class Outputs(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if func.name() == f"eva02_kernels::{op}_fwd":
+                self.kept = result[1].numel()
+            return result
+
+    x, w, w_down = (torch.randn(*s, requires_grad=True) for s in ((1, 10, 16), (30, 16), (16, 30)))
+    up = (w, None) if op == "swiglu_mlp" else ()
+    with Outputs() as seen:
+        getattr(eva02_kernels, op)(x, w, None, *up, w_down, None)
+    assert seen.kept > 0
+    with Outputs() as seen, torch.no_grad():
+        getattr(eva02_kernels, op)(x, w, None, *up, w_down, None)
+    assert seen.kept == 0
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
+def test_the_memory_of_a_call_is_kept_for_the_next_and_given_back(cpu_library):
+    rows, width, hidden = 2048, 16, 4096  # 32 MiB of hidden layer, outputs of 128 KiB
+    x, w, w_down = torch.randn(rows, width), torch.randn(hidden, width), torch.randn(width, hidden)
+
+    @torch.no_grad()
+    def call():
+        eva02_kernels.swiglu_mlp(x, w, None, w, None, w_down, None, backend="cpu")
+        return _resident()
+
+    eva02_kernels.empty_cache()
+    call()
+    eva02_kernels.empty_cache()
+    before = _resident()
+    assert call() - before > 24 << 20
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    call()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults < 200  # of 4 KiB each: 8192 is the hidden layer
+    eva02_kernels.empty_cache()
+    assert _resident() - before < 8 << 20
+    limit = torch.ops.eva02_kernels_C.keep_workspaces(8 << 20)
+    try:
+        assert call() - before < 16 << 20
+    finally:
+        assert torch.ops.eva02_kernels_C.keep_workspaces(limit) == 8 << 20
 
 
 # ---- tables and indices ----------------------------------------------------------------------------------------------

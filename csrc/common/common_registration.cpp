@@ -1,4 +1,5 @@
-// The library itself: which instruction sets it can run here, and (for tests) which it is told to use.
+// The library itself: which instruction sets it can run here, and (for tests) which it is told to use; the memory that
+// it keeps.
 #include "common/token_rows.h"
 
 namespace eva02 {
@@ -10,6 +11,11 @@ void cpu_isa_set(int64_t isa) {
   STD_TORCH_CHECK(isa >= 0 && isa <= 2 && cpu_has(static_cast<Isa>(isa)),
                   "cpu_isa: this CPU or this build lacks the instruction set asked for");
   set_cpu_isa(static_cast<Isa>(isa));
+}
+
+int64_t keep_workspaces_of(int64_t bytes) {
+  STD_TORCH_CHECK(bytes >= 0, "bytes: expected at least 0");
+  return static_cast<int64_t>(keep_workspaces(static_cast<size_t>(bytes)));
 }
 
 // Fills entries (count,) and offsets (batch * seqlen + 1,) int32 as InverseTokenIndex has them; entries that are not
@@ -33,12 +39,16 @@ void inverse_token_index(Tensor idx, int64_t batch, int64_t seqlen, Tensor entri
 STABLE_TORCH_LIBRARY_FRAGMENT(eva02_kernels_C, m) {
   m.def("cpu_isa_get() -> int");
   m.def("cpu_isa_set(int isa) -> ()");
+  m.def("keep_workspaces(int bytes) -> int");
+  m.def("fill_workspaces_with_nan(bool fill) -> ()");
   m.def("inverse_token_index_cpu(Tensor idx, int batch, int seqlen, Tensor(a!) entries, Tensor(b!) offsets) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(eva02_kernels_C, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa_get", TORCH_BOX(&cpu_isa_get));
   m.impl("cpu_isa_set", TORCH_BOX(&cpu_isa_set));
+  m.impl("keep_workspaces", TORCH_BOX(&keep_workspaces_of));
+  m.impl("fill_workspaces_with_nan", TORCH_BOX(&fill_workspaces_with_nan));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(eva02_kernels_C, CPU, m) {

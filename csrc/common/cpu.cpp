@@ -4,13 +4,6 @@
 #include <cpuid.h>
 #endif
 
-#include <cstdlib>
-#include <new>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 namespace eva02 {
 namespace {
 
@@ -40,24 +33,6 @@ Isa& current_isa() {
 }
 
 }  // namespace
-
-void* allocate_workspace(size_t bytes) {
-  void* p = nullptr;
-#if defined(__linux__)
-  // Large workspaces ask for huge pages: a first touch of 2 MiB is one page fault instead of 512, and a product that
-  // streams a packed operand misses the TLB less.
-  constexpr size_t kHugePage = size_t{2} << 20;
-  if (bytes >= kHugePage) {
-    if (posix_memalign(&p, kHugePage, bytes) != 0) throw std::bad_alloc();
-    madvise(p, bytes, MADV_HUGEPAGE);  // advice: where it cannot be taken, small pages do
-    return p;
-  }
-#endif
-  if (posix_memalign(&p, 64, bytes) != 0) throw std::bad_alloc();
-  return p;
-}
-
-void free_workspace(void* p) { free(p); }
 
 Isa cpu_isa() { return current_isa(); }
 bool cpu_has(Isa isa) { return static_cast<int>(isa) <= static_cast<int>(best_isa()); }

@@ -28,9 +28,12 @@ struct Runtime {
   }
 };
 
-// Memory for the duration of a call, on a cache line; throws std::bad_alloc. Call it outside parallel regions.
+// Memory for the duration of a call, on a cache line; throws std::bad_alloc. Call it outside parallel regions. What is
+// freed is kept for later calls, of any thread.
 void* allocate_workspace(size_t bytes);
 void free_workspace(void* p);
+size_t keep_workspaces(size_t bytes);      // at most so many from now on; returns the limit until now
+void fill_workspaces_with_nan(bool fill);  // for tests: each workspace, before it is handed out
 
 enum class Isa : int { baseline, avx2, avx512 };
 

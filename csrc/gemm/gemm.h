@@ -4,10 +4,11 @@
 //   C[i, j] = sum_k A(i, k) * B(k, j)
 //
 // A is packed once per call, by all threads, into panels of kMR rows stored k-major. The columns of C are cut in
-// strips; a worker owns a contiguous range of (strip, row panel) units in strip-major order, packs a strip of B into a
-// buffer of its own (L2) when it comes to it, and runs its row panels against it in groups of kGroup. A micro-kernel
-// holds kMR x kNR sums in registers over kKC steps of k, and adds them to a tile of float32; a finished tile goes to
-// the epilogue. Every C element is owned by one worker and summed over k in one order, whatever the number of threads.
+// strips; a worker owns a contiguous range of (strip, row panel) units in strip-major order, an equal share of the
+// work, packs a strip of B into a buffer of its own (L2) when it comes to it, and runs its row panels against it in
+// groups of kGroup. A micro-kernel holds kMR x kNR sums in registers over kKC steps of k, and adds them to a tile of
+// float32; a finished tile goes to the epilogue. Every C element is owned by one worker and summed over k in one order,
+// whatever the number of threads.
 //
 // 16-bit operands become float32 in the packing, hence run at the speed of float32.
 #pragma once
@@ -203,13 +204,14 @@ inline int64_t strip_columns(const GemmShape& s, int64_t row_panels, int64_t thr
   int64_t limit = kStripBytes / (max64(k, 1) * s.parts * static_cast<int64_t>(sizeof(float)));
   limit = max64(min64(limit, kStripColumns / s.parts), kNR);
   if (row_panels < 4 * threads) limit = max64(kNR, min64(limit, ceil_div(s.n * row_panels, 4 * threads)));
-  int64_t strips = ceil_div(s.n, max64(limit / kNR * kNR, kNR));
+  limit = limit / kNR * kNR;
+  const int64_t strips = ceil_div(s.n, limit);
   int64_t columns = round_up(ceil_div(s.n, strips), kNR);
   if (unit > 1) {
     // Whole units only: of the widths near the wanted one, the one that wastes the least of its last panel.
     int64_t best = 0;
     double best_waste = 2.;
-    const int64_t most = max64(1, columns / unit);
+    const int64_t most = max64(1, min64(ceil_div(columns, unit), limit / unit));
     for (int64_t count = most; count >= max64(1, most / 2); --count) {
       const double waste = static_cast<double>(round_up(count * unit, kNR)) / static_cast<double>(count * unit);
       if (waste < best_waste) best = count, best_waste = waste;
@@ -230,6 +232,11 @@ void gemm(const Runtime& runtime, const GemmShape& s, const PackA& pack_a, const
   const int64_t threads = max64(1, min64(runtime.num_threads, 1 + s.m * s.n * s.parts * s.k / 100000));
   const int64_t strip = strip_columns(s, panels, threads), strips = ceil_div(s.n, strip);
   const int64_t units = panels * strips, workers = min64(threads, units);
+  // The first unit of a worker, where it should start: the last strip may be narrower, so work is counted in columns.
+  const auto first_unit = [&](int64_t worker) {
+    const int64_t work = panels * s.n * worker / workers, before = panels * strip * (strips - 1);
+    return work < before ? work / strip : panels * (strips - 1) + (work - before) / (s.n - strip * (strips - 1));
+  };
 
   const bool split_k = s.k > kKB;
   const int64_t kb = split_k ? round_up(ceil_div(s.k, ceil_div(s.k, kKB)), 8) : s.k;
@@ -252,8 +259,8 @@ void gemm(const Runtime& runtime, const GemmShape& s, const PackA& pack_a, const
     for (int64_t worker = first_worker; worker < end_worker; ++worker) {
       float* const b = b_packed + worker * b_size;
       float* const c = c_tiles + worker * c_size;
-      int64_t unit = units * worker / workers;
-      const int64_t end_unit = units * (worker + 1) / workers;
+      int64_t unit = first_unit(worker);
+      const int64_t end_unit = first_unit(worker + 1);
       while (unit < end_unit) {
         const int64_t p0 = unit % panels, p1 = min64(panels, p0 + min64(end_unit - unit, segment));
         const int64_t col0 = unit / panels * strip, cols = min64(strip, s.n - col0);

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from eva02_kernels._native import empty_cache
 from eva02_kernels.ops._common import padded
 
 Call = Callable[[], Any]
@@ -177,7 +178,9 @@ def peak_memory(call: Call, device: str = "cpu") -> int | None:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - allocated
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # give freed pages back, or they would be reused unseen
+        # Give freed memory back, or it would be reused unseen.
+        empty_cache()
+        ctypes.CDLL(None).malloc_trim(0)
         before = _status("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")
         call()

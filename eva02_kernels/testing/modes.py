@@ -29,15 +29,17 @@ def cpu_isa(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def nan_filled_memory() -> Iterator[None]:
-    """Inside, ``torch.empty`` gives NaN, so that an element which a kernel leaves out is seen."""
+    """Inside, ``torch.empty`` and the CPU kernels' workspaces hold NaN: an element that a kernel leaves out is seen."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     fill = memory.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True, warn_only=True)
     memory.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    _native.fill_workspaces_with_nan(True)
     try:
         yield
     finally:
+        _native.fill_workspaces_with_nan(False)
         memory.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
 

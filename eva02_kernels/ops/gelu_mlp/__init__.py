@@ -6,6 +6,7 @@ adapter to ``csrc/gelu_mlp``.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from eva02_kernels.ops._common import add_residual, call
@@ -44,7 +45,8 @@ def gelu_mlp(
         (B, ..., C_out). Gradients reach x, residual, every weight, bias, norm parameter and layer_scale.
 
     Numerics: float32 accumulation; the hidden layer is rounded once when kept; one rounding at the store.
-    Memory: keeps x and G = B*N*F elements (the hidden layer before b1), or x alone with ``recompute``.
+    Memory: keeps x and G = B*N*F elements (the hidden layer before b1), or x alone with ``recompute`` or
+            without gradients.
     Raises: ValueError for shapes and dtypes; NotImplementedError with every backend's reason.
     Source: Hendrycks and Gimpel, arXiv:1606.08415; Dosovitskiy et al., arXiv:2010.11929.
     """
@@ -55,7 +57,7 @@ def gelu_mlp(
         w2,
         b2,
         pre_norm=pre_norm,
-        recompute=recompute,
+        recompute=recompute or not torch.is_grad_enabled(),  # where there is no backward, nothing is kept for it
         residual=residual,
         layer_scale=layer_scale,
         row_scale=row_scale,

@@ -6,6 +6,7 @@ adapter to ``csrc/swiglu_mlp``.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from eva02_kernels.ops._common import add_residual, call
@@ -54,7 +55,7 @@ def swiglu_mlp(
 
     Numerics: float32 accumulation; gate and up are rounded once when kept; one rounding at the store.
     Memory: with T = B*N*C and G = B*N*F elements keeps x and 2G (gate and up, row stride F rounded up to 8), or x
-        alone with ``recompute``; never a LayerNorm output or the hidden layer.
+        alone with ``recompute`` or without gradients; never a LayerNorm output or the hidden layer.
     Raises: ValueError for shapes and dtypes; NotImplementedError with every backend's reason.
     Source: Shazeer, arXiv:2002.05202; EVA-02, arXiv:2303.11331.
     """
@@ -70,7 +71,7 @@ def swiglu_mlp(
         norm_bias,
         eps,
         pre_norm=pre_norm,
-        recompute=recompute,
+        recompute=recompute or not torch.is_grad_enabled(),  # where there is no backward, nothing is kept for it
         residual=residual,
         layer_scale=layer_scale,
         row_scale=row_scale,
