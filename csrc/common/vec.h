@@ -41,7 +41,6 @@ EVA02_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 EVA02_INLINE vf splat(float x) { return x - vf{}; }
 EVA02_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
-EVA02_INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }
 EVA02_INLINE vf fma(vf a, vf b, vf c) { return a * b + c; }  // contracted: the build sets -ffp-contract=fast
 
 // ---- conversions -------------------------------------------------------------------------------------------------
@@ -135,6 +134,11 @@ EVA02_INLINE void stream(float* p, vf v) {
 #else
   store(p, v);
 #endif
+}
+// Asks for the lines of n elements that will be stored to: a store that misses the caches otherwise waits for each.
+template <class T>
+EVA02_INLINE void prefetch_for_store(const T* p, int64_t n) {
+  for (int64_t i = 0; i < n; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(p + i, 1);
 }
 EVA02_INLINE void stream_fence() {
 #if defined(__x86_64__)

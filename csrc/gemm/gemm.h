@@ -246,9 +246,9 @@ void gemm(const Runtime& runtime, const GemmShape& s, const PackA& pack_a, const
   const int64_t segment = split_k ? kSegmentRows / kMR / kGroup * kGroup : panels;
   const int64_t c_size =
       min64(panels, split_k ? segment : static_cast<int64_t>(kGroup)) * kMR * s.parts * strip_panels * kNR;
-  const Buffer a_packed(panels * a_size);
-  const Buffer b_packed(workers * b_size);
-  const Buffer c_tiles(workers * c_size);
+  // A packed, then for each worker its strip of B and its tiles: together large enough for huge pages, mostly.
+  const Buffer workspace(panels * a_size + workers * (b_size + c_size));
+  float* const a_packed = workspace;
 
   runtime.parallel_for(0, panels, ceil_div(panels, threads), [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) pack_a(p * kMR, min64(kMR, s.m - p * kMR), a_packed + p * a_size);
@@ -257,8 +257,8 @@ void gemm(const Runtime& runtime, const GemmShape& s, const PackA& pack_a, const
 
   runtime.parallel_for(0, workers, 1, [&](int64_t first_worker, int64_t end_worker) {
     for (int64_t worker = first_worker; worker < end_worker; ++worker) {
-      float* const b = b_packed + worker * b_size;
-      float* const c = c_tiles + worker * c_size;
+      float* const b = a_packed + panels * a_size + worker * (b_size + c_size);
+      float* const c = b + b_size;
       int64_t unit = first_unit(worker);
       const int64_t end_unit = first_unit(worker + 1);
       while (unit < end_unit) {

@@ -58,13 +58,15 @@ class Angles {
     });
   }
 
-  // `own`: room for 2 D floats, used for tables per head.
-  EVA02_INLINE const float* of(int64_t row, int64_t head, float* own) const {
-    if (!per_head_) return table_ + (shared_ ? row % tokens_.seqlen : row) * size_;
+  // The angles of all heads of a row, or nullptr where each has its own.
+  EVA02_INLINE const float* of_row(int64_t row) const {
+    return per_head_ ? nullptr : table_ + (shared_ ? row % tokens_.seqlen : row) * size_;
+  }
+  // Those of one head, into 2 D floats.
+  void of_head(int64_t row, int64_t head, float* own) const {
     int64_t b, t;
     tokens_.locate(row, b, t);
     rope_expand(rope_, b, t, head, own);
-    return own;
   }
 
  private:
@@ -82,17 +84,23 @@ class Angles {
 
 constexpr int64_t kMostHeadDim = 1024;  // of per-head tables: their angles are expanded on the stack
 
-// Rotates head `head` of the packed row (q heads, k heads, v heads), or only converts when it is a v head.
-template <bool Inverse, class Src, class Dst>
-EVA02_INLINE void rotate_head(const Angles& angles, bool interleaved, int64_t row, int64_t head, int64_t heads,
-                              int64_t kv_heads, int64_t D, const Src* src, Dst* dst) {
-  if (angles.on && head < heads + kv_heads) {
-    float own[2 * kMostHeadDim];
-    const float* const cs = angles.of(row, head < heads ? head : head - heads, own);
-    rope_rotate<Inverse>(interleaved, src, cs, D, 1.f, dst);
-  } else {
-    for_columns(D, [&](int64_t c, int64_t lanes) { put(dst + c, get(src + c, lanes), lanes); });
+// Columns [c0, c0 + cols), whole heads, of a row packed as q heads, k heads, v heads: rotates the former two and only
+// converts v. src and dst point at column c0.
+template <bool Inverse, class P, class Src, class Dst>
+EVA02_INLINE void rotate_heads(const P& p, const Angles& angles, int64_t row, int64_t c0, int64_t cols, const Src* src,
+                               Dst* dst) {
+  const int64_t D = p.head_dim, rotated = min64(cols, (p.heads + p.kv_heads) * D - c0);
+  int64_t c = 0;
+  if (angles.on) {
+    const float* const shared = angles.of_row(row);
+    for (; c < rotated; c += D) {
+      float own[2 * kMostHeadDim];
+      const int64_t head = (c0 + c) / D;
+      if (shared == nullptr) angles.of_head(row, head < p.heads ? head : head - p.heads, own);
+      rope_rotate<Inverse>(p.rope.interleaved, src + c, shared != nullptr ? shared : own, D, 1.f, dst + c);
+    }
   }
+  for_columns(cols - c, [&](int64_t i, int64_t lanes) { put(dst + c + i, get(src + c + i, lanes), lanes); });
 }
 
 // The bias of all N columns in float32.
@@ -126,18 +134,18 @@ void qkv_rope_fwd(const QkvRopeFwdParams& p, const Runtime& runtime) {
   const Floats pre_weight(p.pre_weight, p.C, 1.f), pre_bias(p.pre_bias, p.C, 0.f);
   const Angles angles(runtime, p.rope, Tokens{p.cu, p.sequences, p.seqlen}, p.M, p.head_dim);
 
-  const int64_t chunk = chunk_rows(p.M, p.C), D = p.head_dim;
+  const int64_t chunk = chunk_rows(p.M, p.C);
   for (int64_t r0 = 0; r0 < p.M; r0 += chunk) {
-    gemm(runtime, {.m = min64(chunk, p.M - r0), .n = p.N, .k = p.C, .column_unit = D},
+    gemm(runtime, {.m = min64(chunk, p.M - r0), .n = p.N, .k = p.C, .column_unit = p.head_dim},
          NormalizedRowPanels<T>{x, r0, p.C, p.normalize, p.pre_eps, p.pre_mean, p.pre_rstd, pre_weight, pre_bias},
          WeightRowPanels<Stacked<T>>{weight}, [&](const Tile& t) {
            for (int64_t i = 0; i < t.rows; ++i) {
              const int64_t r = r0 + t.row0 + i;
              float* const v = t.row(i);
              for (int64_t c = 0; c < t.cols; c += kLanes) store(v + c, load(v + c) + load(bias + t.col0 + c));
-             for (int64_t c = 0; c < t.cols; c += D)
-               rotate_head<false>(angles, p.rope.interleaved, r, (t.col0 + c) / D, p.heads, p.kv_heads, D, v + c,
-                                  qkv + r * p.qkv_stride + t.col0 + c);
+             T* const out = qkv + r * p.qkv_stride + t.col0;
+             if (i + kRowsAhead < t.rows) prefetch_for_store(out + kRowsAhead * p.qkv_stride, t.cols);
+             rotate_heads<false>(p, angles, r, t.col0, t.cols, v, out);
            }
          });
   }
@@ -152,7 +160,7 @@ void backward(const QkvRopeBwdParams& p, const Runtime& runtime, const Source& i
   const T* const dqkv = static_cast<const T*>(p.dqkv);
   T* const dx = static_cast<T*>(p.dx);
   const Angles angles(runtime, p.rope, Tokens{p.cu, p.sequences, p.seqlen}, p.M, p.head_dim);
-  const int64_t D = p.head_dim, chunk = chunk_rows(p.M, p.N), chunks = max64(1, ceil_div(p.M, chunk));
+  const int64_t chunk = chunk_rows(p.M, p.N), chunks = max64(1, ceil_div(p.M, chunk));
   const bool norm_sums = p.dpre_weight.data != nullptr || p.dpre_bias.data != nullptr;
   const bool input_gradient = dx != nullptr || norm_sums;
   NormSums sums(norm_sums ? p.C : 1, norm_sums ? chunk : 1);
@@ -170,9 +178,7 @@ void backward(const QkvRopeBwdParams& p, const Runtime& runtime, const Source& i
     const int64_t r0 = i * chunk, rows = min64(chunk, p.M - r0);
     runtime.parallel_for(0, rows, max64(1, 16384 / p.N), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row)
-        for (int64_t c = 0; c < p.N; c += D)
-          rotate_head<true>(angles, p.rope.interleaved, r0 + row, c / D, p.heads, p.kv_heads, D,
-                            dqkv + (r0 + row) * p.dqkv_stride + c, d + row * p.N + c);
+        rotate_heads<true>(p, angles, r0 + row, 0, p.N, dqkv + (r0 + row) * p.dqkv_stride, d + row * p.N);
     });
     if (input_gradient) {
       gemm(runtime, {.m = rows, .n = p.C, .k = p.N}, RowPanels<Matrix<float>>{dy, 0, p.N},

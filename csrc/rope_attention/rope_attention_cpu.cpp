@@ -25,6 +25,7 @@ constexpr int kRows = 6;  // 6 x 2 of 16
 #endif
 constexpr int64_t kPanel = 2 * kLanes;  // columns of a micro-kernel
 constexpr int64_t kKeys = 320;          // keys of a tile
+constexpr int64_t kAhead = 16;          // tokens between the row that is read and the one that is prefetched
 #if defined(__AVX512F__)
 constexpr int64_t kFwdQueries = kRows;
 constexpr int64_t kBwdQueries = 5 * kRows;
@@ -527,6 +528,12 @@ void load_queries(const Call& call, const Angles& angles, const Sequence& s, int
                   rows + i * kRowPitch);
 }
 
+// Rows of a head lie a token apart, further than hardware prefetchers follow.
+template <class T>
+EVA02_INLINE void prefetch_row(const T* row, int64_t D) {
+  for (int64_t i = 0; i < D; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + i);
+}
+
 // k transformed, transposed (for scores) and, if `by_row`, also as rows (for dq).
 template <class T>
 void pack_keys(const Call& call, const Angles& angles, const Sequence& s, int64_t h, float* rows, float* columns,
@@ -535,6 +542,7 @@ void pack_keys(const Call& call, const Angles& angles, const Sequence& s, int64_
     const int64_t n = min64(kLanes, s.length - t);
     for (int64_t i = 0; i < n; ++i) {
       float* row = rows + i * kRowPitch;
+      prefetch_row(call.row<const T>(call.p.k, s, min64(t + i + kAhead, s.length - 1), h), call.p.D);
       transform_row(call.k_rows, call.row<const T>(call.p.k, s, t + i, h), angles.of(call, t + i), 1.f, row);
       if (by_row) pack_row(row, call.p.D, s.length, t + i, by_row);
     }
@@ -543,9 +551,8 @@ void pack_keys(const Call& call, const Angles& angles, const Sequence& s, int64_
 }
 
 // ---- forward -----------------------------------------------------------------------------------------------------
-// One row of a score tile: scores -> 2^(score - max); `limit` keys count, zeros follow up to `keys`. Updates the
-// running maximum and sum, returns the factor for what was accumulated under the old maximum.
-EVA02_INLINE float softmax_row(float* s, const float* bias, int64_t limit, int64_t keys, float& max, float& sum) {
+// The largest of one row's first `limit` scores, -inf in the rest of their last vector; `bias` is added.
+EVA02_INLINE float max_of_row(float* s, const float* bias, int64_t limit) {
   const int64_t vectors = ceil_div(limit, kLanes) * kLanes;
   if (limit % kLanes != 0) {
     float* tail = s + vectors - kLanes;
@@ -566,16 +573,16 @@ EVA02_INLINE float softmax_row(float* s, const float* bias, int64_t limit, int64
     }
     if (j < vectors) m0 = vmax(load(s + j), m0);
   }
-  const float block = fold_max(vmax(m0, m1));
-  const float old = max;
-  max = block > old ? block : old;
-  if (max == -kInf) {
-    for (j = 0; j < keys; j += kLanes) store(s + j, vf{});
-    return 1.f;
-  }
+  return fold_max(vmax(m0, m1));
+}
+
+// Scores -> 2^(score - max), zeros from `limit` up to `keys`; returns their sum. A row whose max is -inf has none.
+EVA02_INLINE float exponentials_of_row(float* s, float max, int64_t limit, int64_t keys) {
+  const int64_t vectors = max == -kInf ? 0 : ceil_div(limit, kLanes) * kLanes;
   const vf base = splat(max);
   vf sum0{}, sum1{};
-  for (j = 0; j + 2 * kLanes <= vectors; j += 2 * kLanes) {
+  int64_t j = 0;
+  for (; j + 2 * kLanes <= vectors; j += 2 * kLanes) {
     const vf a = vexp2(load(s + j) - base), b = vexp2(load(s + j + kLanes) - base);
     store(s + j, a);
     store(s + j + kLanes, b);
@@ -588,9 +595,7 @@ EVA02_INLINE float softmax_row(float* s, const float* bias, int64_t limit, int64
     sum0 += a;
   }
   for (j = vectors; j < keys; j += kLanes) store(s + j, vf{});
-  const float factor = old == max ? 1.f : __builtin_exp2f(old - max);
-  sum = sum * factor + fold_sum(sum0 + sum1);
-  return factor;
+  return fold_sum(sum0 + sum1);
 }
 
 struct FwdScratch {
@@ -616,6 +621,7 @@ void attend(const Call& call, const FwdScratch& w, const Sequence& s, int64_t t,
   const RopeAttentionParams& p = call.p;
   const int64_t D = p.D, ldc = call.channel_panels * kPanel;
   load_queries<T>(call, w.angles, s, t, n, h, w.rows);
+  for (int64_t i = t + n; i < min64(t + 2 * n, s.length); ++i) prefetch_row(call.row<const T>(p.q, s, i, h), D);
   float max[kFwdQueries], sum[kFwdQueries];
   for (int64_t i = 0; i < n; ++i) {
     max[i] = -kInf;
@@ -628,13 +634,19 @@ void attend(const Call& call, const FwdScratch& w, const Sequence& s, int64_t t,
     const int64_t end = min64(visible, round_up(ceil_div(visible * (block + 1), blocks), kPanel));
     const int64_t keys = end - first;
     rows_by_panels(n, keys, D, w.rows, w.keys + first * D, w.tile);
+    // All maxima before the exponentials: each ends in a chain of shuffles, which rows after it hide.
+    float factor[kFwdQueries];
+    const auto limit = [&](int64_t i) { return p.causal ? max64(0, min64(keys, t + i + 1 - first)) : keys; };
     for (int64_t i = 0; i < n; ++i) {
-      const int64_t limit = p.causal ? max64(0, min64(keys, t + i + 1 - first)) : keys;
-      const float factor = softmax_row(w.tile + i * kTilePitch, w.bias.bias ? w.bias.bias + first : nullptr, limit,
-                                       keys, max[i], sum[i]);
-      if (block > 0 && factor != 1.f) {
+      const float here = max_of_row(w.tile + i * kTilePitch, w.bias.bias ? w.bias.bias + first : nullptr, limit(i));
+      factor[i] = here > max[i] && max[i] != -kInf ? __builtin_exp2f(max[i] - here) : 1.f;
+      max[i] = here > max[i] ? here : max[i];
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      sum[i] = sum[i] * factor[i] + exponentials_of_row(w.tile + i * kTilePitch, max[i], limit(i), keys);
+      if (block > 0 && factor[i] != 1.f) {
         float* acc = w.acc + i * ldc;
-        for (int64_t d = 0; d < call.channels; d += kLanes) store(acc + d, load(acc + d) * factor);
+        for (int64_t d = 0; d < call.channels; d += kLanes) store(acc + d, load(acc + d) * factor[i]);
       }
     }
     tile_by_panels(n, D, keys, w.tile, w.values + first * kPanel, s.length * kPanel, w.acc, ldc, block > 0);
@@ -673,7 +685,10 @@ void attention_fwd(const RopeAttentionParams& p, const Runtime& runtime) {
           w.angles.prepare(call, s, kv);
           if (s.b != packed_b) w.bias.prepare(call, s);
           pack_keys<T>(call, w.angles, s, kv, w.rows, w.keys, nullptr);
-          for (int64_t t = 0; t < s.length; ++t) pack_row(call.row<const T>(p.v, s, t, kv), p.D, s.length, t, w.values);
+          for (int64_t t = 0; t < s.length; ++t) {
+            prefetch_row(call.row<const T>(p.v, s, min64(t + kAhead, s.length - 1), kv), p.D);
+            pack_row(call.row<const T>(p.v, s, t, kv), p.D, s.length, t, w.values);
+          }
           packed_b = s.b;
           packed_h = kv;
         }
