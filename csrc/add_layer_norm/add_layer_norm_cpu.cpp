@@ -30,16 +30,16 @@ EVA02_INLINE vf rounded<float>(vf v) {
 template <class T, bool kRms>
 void add_layer_norm_fwd(const AddLayerNormFwdParams& p, const Runtime& runtime) {
   const int64_t C = p.C, width = padded(C);
-  Scratch params(3 * width);
-  float *w = params.data, *b = w + width, *scale = b + width;
+  const Buffer params(3 * width);
+  float *w = params, *b = w + width, *scale = b + width;
   load_param(w, p.weight, C, 1.f);
   load_param(b, p.bias, C, 0.f);
   load_param(scale, p.layer_scale, C, 1.f);
   const bool streamed = is_streamed(static_cast<const T*>(p.normed), p.normed_stride, p.rows, C) &&
                         (p.sum == nullptr || is_streamed(static_cast<const T*>(p.sum), p.sum_stride, p.rows, C));
   runtime.parallel_for(0, p.rows, row_grain(C), [&](int64_t begin, int64_t end) {
-    Scratch scratch(width);
-    float* s = scratch.data;
+    const Buffer scratch(width);
+    float* s = scratch;
     for (int64_t row = begin; row < end; ++row) {
       const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
       const T* residual = static_cast<const T*>(p.residual) + row * p.residual_stride;
@@ -76,18 +76,18 @@ template <class T, bool kParamGrads, bool kScaleGrad>
 void add_layer_norm_bwd(const AddLayerNormBwdParams& p, const Runtime& runtime) {
   const int64_t C = p.C, width = padded(C);
   constexpr int64_t kPartials = (kParamGrads ? 2 : 0) + (kScaleGrad ? 1 : 0);
-  Scratch params(2 * width);
-  float *w = params.data, *scale = w + width;
+  const Buffer params(2 * width);
+  float *w = params, *scale = w + width;
   load_param(w, p.weight, C, 1.f);
   load_param(scale, p.layer_scale, C, 1.f);
   const RowChunks chunks(p.rows);
-  Scratch partials(chunks.count * kPartials * width);
+  const Buffer partials(chunks.count * kPartials * width);
   const bool streamed =
       is_streamed(static_cast<const T*>(p.dx), p.dx_stride, p.rows, C) &&
       (p.dresidual == nullptr || is_streamed(static_cast<const T*>(p.dresidual), p.dresidual_stride, p.rows, C));
   runtime.parallel_for(0, chunks.count, chunks.grain(C), [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
-      float* dw = partials.data + chunk * kPartials * width;
+      float* dw = partials + chunk * kPartials * width;
       float* db = dw + width;
       float* dscale = dw + (kPartials - 1) * width;
       fill(dw, kPartials * width, 0.f);
@@ -100,8 +100,13 @@ void add_layer_norm_bwd(const AddLayerNormBwdParams& p, const Runtime& runtime) 
         T* dresidual = static_cast<T*>(p.dresidual) + row * p.dresidual_stride;
         const float row_scale = p.row_scale == nullptr ? 1.f : p.row_scale[row / p.rows_per_sample];
         const float mean = p.rms ? 0.f : p.mean[row], rstd = p.rstd[row];
+        // Where memory is the bound, each pass asks for what the next one reads: else half of the inputs idle in turn.
         Sum sum_d, sum_dx;  // of w * dy, and of w * dy * xhat
         columns(C, [&](int64_t i, auto part, int a) EVA02_ALWAYS_INLINE {
+          if (streamed) {
+            __builtin_prefetch(dsum + i);
+            if constexpr (kScaleGrad) __builtin_prefetch(x + i);
+          }
           const vf dout = ld(dy + i, part), xhat = (ld(s + i, part) - mean) * rstd;
           const vf d = dout * load(w + i);
           sum_d.add(d, a);
@@ -115,6 +120,10 @@ void add_layer_norm_bwd(const AddLayerNormBwdParams& p, const Runtime& runtime) 
         const float c1 = p.rms ? 0.f : sum_d.total() / static_cast<float>(C);
         const float c2 = sum_dx.total() / static_cast<float>(C);
         columns(C, [&](int64_t i, auto part, int) EVA02_ALWAYS_INLINE {
+          if (streamed) {
+            __builtin_prefetch(dy + p.dnormed_stride + i);
+            __builtin_prefetch(s + p.sum_stride + i);
+          }
           const vf xhat = (ld(s + i, part) - mean) * rstd;
           vf d = (ld(dy + i, part) * load(w + i) - c1 - xhat * c2) * rstd;
           if (p.dsum != nullptr) d = d + ld(dsum + i, part);
@@ -128,11 +137,11 @@ void add_layer_norm_bwd(const AddLayerNormBwdParams& p, const Runtime& runtime) 
     if (streamed) stream_fence();
   });
   if (kParamGrads) {
-    reduce(p.dweight, partials.data, chunks.count, kPartials * width, C, runtime);
-    reduce(p.dbias, partials.data + width, chunks.count, kPartials * width, C, runtime);
+    reduce(p.dweight, partials, chunks.count, kPartials * width, C, runtime);
+    reduce(p.dbias, partials + width, chunks.count, kPartials * width, C, runtime);
   }
   if (kScaleGrad)
-    reduce(p.dlayer_scale, partials.data + (kPartials - 1) * width, chunks.count, kPartials * width, C, runtime);
+    reduce(p.dlayer_scale, partials + (kPartials - 1) * width, chunks.count, kPartials * width, C, runtime);
 }
 
 template <class T>

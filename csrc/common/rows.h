@@ -1,11 +1,9 @@
-// What kernels that walk one row of C columns at a time share: column loops with a tail, float32 scratch rows,
-// parameters as float32, and sums over rows that do not depend on the number of threads.
+// What kernels that walk one row of C columns at a time share: column loops with a tail, parameters as
+// float32, and sums over rows that do not depend on the number of threads.
 #pragma once
 
-#include <cstdlib>
-
+#include "common/buffer.h"
 #include "common/param.h"
-#include "common/vec.h"
 
 #define EVA02_ALWAYS_INLINE __attribute__((always_inline))
 
@@ -82,20 +80,9 @@ struct Sum {
   EVA02_INLINE float total() const { return hsum((part[0] + part[1]) + (part[2] + part[3])); }
 };
 
-// ---- scratch -----------------------------------------------------------------------------------------------------
-// Scratch rows are padded, so whole vectors may be read and written past the last column.
+// ---- rows of float32 ---------------------------------------------------------------------------------------------
+// Columns of a Buffer's rows: whole vectors may be read and written past the last column.
 EVA02_INLINE int64_t padded(int64_t C) { return ceil_div(C, 16) * 16; }
-
-struct Scratch {
-  float* data;
-  explicit Scratch(int64_t floats)
-      : data(static_cast<float*>(aligned_alloc(64, size_t(padded(max64(floats, 1))) * 4))) {
-    if (data == nullptr) abort();
-  }
-  ~Scratch() { free(data); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-};
 
 EVA02_INLINE void fill(float* p, int64_t n, float x) {
   for (int64_t i = 0; i < n; ++i) p[i] = x;
@@ -143,7 +130,7 @@ inline void store_param(const ParamGrad& grad, int64_t offset, const float* in, 
 struct RowChunks {
   int64_t rows, rows_per_chunk, count;
   explicit RowChunks(int64_t rows)
-      : rows(rows), rows_per_chunk(max64(16, ceil_div(rows, 64))), count(ceil_div(rows, rows_per_chunk)) {}
+      : rows(rows), rows_per_chunk(max64(32, ceil_div(rows, 64))), count(ceil_div(rows, rows_per_chunk)) {}
   int64_t begin(int64_t chunk) const { return chunk * rows_per_chunk; }
   int64_t end(int64_t chunk) const { return min64(rows, (chunk + 1) * rows_per_chunk); }
   int64_t grain(int64_t C) const { return ceil_div(row_grain(C), rows_per_chunk); }

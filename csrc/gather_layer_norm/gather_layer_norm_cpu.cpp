@@ -15,8 +15,8 @@ namespace {
 template <class T>
 void gather_layer_norm_fwd(const GatherLayerNormFwdParams& p, const Runtime& runtime) {
   const int64_t C = p.C, width = padded(C);
-  Scratch params(2 * width);
-  float *w = params.data, *b = w + width;
+  const Buffer params(2 * width);
+  float *w = params, *b = w + width;
   load_param(w, p.weight, C, 1.f);
   load_param(b, p.bias, C, 0.f);
   runtime.parallel_for(0, p.index.count, row_grain(C), [&](int64_t begin, int64_t end) {
@@ -49,16 +49,16 @@ void gather_layer_norm_fwd(const GatherLayerNormFwdParams& p, const Runtime& run
 template <class T, bool kParamGrads>
 void gather_layer_norm_bwd(const GatherLayerNormBwdParams& p, const Runtime& runtime) {
   const int64_t C = p.C, width = padded(C);
-  Scratch params(width);
-  float* w = params.data;
+  const Buffer params(width);
+  float* w = params;
   load_param(w, p.weight, C, 1.f);
   const RowChunks chunks(p.batch * p.seqlen);
-  Scratch partials(kParamGrads ? chunks.count * 2 * width : 0);
+  const Buffer partials(kParamGrads ? chunks.count * 2 * width : 0);
   runtime.parallel_for(0, chunks.count, chunks.grain(C), [&](int64_t begin, int64_t end) {
-    Scratch scratch(width);
-    float* dy = scratch.data;
+    const Buffer scratch(width);
+    float* dy = scratch;
     for (int64_t chunk = begin; chunk < end; ++chunk) {
-      float *dw = partials.data + chunk * 2 * width, *db = dw + width;
+      float *dw = partials + chunk * 2 * width, *db = dw + width;
       if (kParamGrads) fill(dw, 2 * width, 0.f);
       for (int64_t row = chunks.begin(chunk); row < chunks.end(chunk); ++row) {
         const int64_t b = row / p.seqlen, s = row % p.seqlen;
@@ -95,8 +95,8 @@ void gather_layer_norm_bwd(const GatherLayerNormBwdParams& p, const Runtime& run
     }
   });
   if (kParamGrads) {
-    reduce(p.dweight, partials.data, chunks.count, 2 * width, C, runtime);
-    reduce(p.dbias, partials.data + width, chunks.count, 2 * width, C, runtime);
+    reduce(p.dweight, partials, chunks.count, 2 * width, C, runtime);
+    reduce(p.dbias, partials + width, chunks.count, 2 * width, C, runtime);
   }
 }
 

@@ -13,7 +13,7 @@
 // 16-bit operands become float32 in the packing, hence run at the speed of float32.
 #pragma once
 
-#include "common/vec.h"
+#include "common/buffer.h"
 
 namespace eva02::EVA02_ISA {
 
@@ -40,26 +40,6 @@ constexpr int64_t kSegmentRows = 896;  // rows of C kept open when k takes sever
 using MicroKernel = void (*)(int64_t k, const float* a, const float* b, float* c, int64_t ldc, bool accumulate,
                              const float* next_a);
 MicroKernel micro_kernel(int64_t rows);
-
-// ---- memory ------------------------------------------------------------------------------------------------------
-// Uninitialised floats for the duration of a call, on a cache line.
-class Buffer {
- public:
-  Buffer() = default;
-  explicit Buffer(int64_t count) { reset(count); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { free_workspace(data_); }
-  void reset(int64_t count) {
-    free_workspace(data_);
-    data_ = nullptr;
-    data_ = static_cast<float*>(allocate_workspace(static_cast<size_t>(max64(count, 1)) * sizeof(float)));
-  }
-  operator float*() const { return data_; }
-
- private:
-  float* data_ = nullptr;
-};
 
 EVA02_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 

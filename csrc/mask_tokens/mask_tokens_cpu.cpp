@@ -15,8 +15,8 @@ namespace {
 template <class T, class Pos>
 void mask_tokens_fwd(const MaskTokensFwdParams& p, const Runtime& runtime) {
   const int64_t C = p.C, N = p.num_prefix + p.P, width = padded(C);
-  Scratch params((1 + p.num_prefix) * width);
-  float *mask_token = params.data, *prefix = mask_token + width;
+  const Buffer params((1 + p.num_prefix) * width);
+  float *mask_token = params, *prefix = mask_token + width;
   load_param(mask_token, p.mask_token, C, 0.f);
   for (int64_t n = 0; n < p.num_prefix; ++n) load_param(prefix + n * width, row_of(p.prefix_tokens, n, C), C, 0.f);
   const Pos* pos_embed = static_cast<const Pos*>(p.pos_embed.data);
@@ -50,12 +50,12 @@ void mask_tokens_bwd(const MaskTokensBwdParams& p, const Runtime& runtime) {
   const int64_t C = p.C, N = p.num_prefix + p.P, width = padded(C);
   const RowChunks chunks(N);
   const bool token_grad = p.dmask_token.data != nullptr && p.mask != nullptr;
-  Scratch partials(token_grad ? chunks.count * width : 0);
+  const Buffer partials(token_grad ? chunks.count * width : 0);
   runtime.parallel_for(0, chunks.count, chunks.grain(C * max64(1, p.batch)), [&](int64_t begin, int64_t end) {
-    Scratch scratch(width);
-    float* position = scratch.data;
+    const Buffer scratch(width);
+    float* position = scratch;
     for (int64_t chunk = begin; chunk < end; ++chunk) {
-      float* token = partials.data + chunk * width;
+      float* token = partials + chunk * width;
       if (token_grad) fill(token, width, 0.f);
       for (int64_t n = chunks.begin(chunk); n < chunks.end(chunk); ++n) {
         const int64_t patch = n - p.num_prefix;
@@ -85,7 +85,7 @@ void mask_tokens_bwd(const MaskTokensBwdParams& p, const Runtime& runtime) {
       }
     }
   });
-  reduce(p.dmask_token, partials.data, token_grad ? chunks.count : 0, width, C, runtime);
+  reduce(p.dmask_token, partials, token_grad ? chunks.count : 0, width, C, runtime);
 }
 
 template <class T>

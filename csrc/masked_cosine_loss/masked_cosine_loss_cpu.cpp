@@ -86,8 +86,8 @@ void masked_cosine_loss_bwd(const MaskedCosineLossBwdParams& p, const Runtime& r
     });
   if (p.dtarget == nullptr) return;
   runtime.parallel_for(0, p.T, row_grain(p.D), [&](int64_t begin, int64_t end) {
-    Scratch scratch(padded(p.D));
-    float* sum = scratch.data;
+    const Buffer scratch(padded(p.D));
+    float* sum = scratch;
     for (int64_t row = begin; row < end; ++row) {
       T* dt = static_cast<T*>(p.dtarget) + row * p.dtarget_stride;
       const T* t = target + row * p.target_stride;

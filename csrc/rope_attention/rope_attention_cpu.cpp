@@ -11,6 +11,7 @@
 // Limits    last dim contiguous; D a multiple of 4, at most 256
 // Source    original; Dao et al., arXiv:2205.14135 (tiles, recomputation), Milakov and Gimelshein, arXiv:1805.02867
 //           (online softmax)
+#include "common/buffer.h"
 #include "common/rope.h"
 #include "rope_attention/rope_attention.h"
 
@@ -461,16 +462,6 @@ EVA02_INLINE void for_share(const Call& call, int64_t slot, int64_t slots, const
   }
 }
 
-struct Workspace {
-  float* data;
-
-  explicit Workspace(int64_t floats)
-      : data(static_cast<float*>(allocate_workspace(static_cast<size_t>(floats) * sizeof(float)))) {}
-  ~Workspace() { free_workspace(data); }
-  Workspace(const Workspace&) = delete;
-  Workspace& operator=(const Workspace&) = delete;
-};
-
 // A thread's share of the workspace, handed out front to back. Every piece starts on a cache line.
 struct Arena {
   float* at;
@@ -672,10 +663,10 @@ void attention_fwd(const RopeAttentionParams& p, const Runtime& runtime) {
   const int64_t slots = min64(runtime.num_threads, items);
   Arena size{nullptr};
   FwdScratch(call, size);
-  const Workspace workspace(size.used * slots);
+  const Buffer workspace(size.used * slots);
   runtime.parallel_for(0, slots, 1, [&](int64_t begin, int64_t end) {
     for (int64_t slot = begin; slot < end; ++slot) {
-      Arena arena{workspace.data + slot * size.used};
+      Arena arena{workspace + slot * size.used};
       FwdScratch w(call, arena);
       clear(w.rows, max64(kLanes, kFwdQueries) * kRowPitch);
       int64_t packed_b = -1, packed_h = -1;
@@ -871,9 +862,9 @@ void attention_bwd(const RopeAttentionParams& p, const Runtime& runtime) {
   const int64_t accumulator_floats = parts > 1 ? parts * p.Hkv * tokens * wide : 0;
   const int64_t angle_floats = p.dcos ? parts * p.Hkv * tokens * p.D : 0;
   const int64_t norm_floats = parts * heads * p.D;
-  const Workspace shared(2 * accumulator_floats + angle_floats + (p.dq_norm.data ? norm_floats : 0) +
-                         (p.dk_norm.data ? norm_floats : 0));
-  float* next = shared.data;
+  const Buffer shared(2 * accumulator_floats + angle_floats + (p.dq_norm.data ? norm_floats : 0) +
+                      (p.dk_norm.data ? norm_floats : 0));
+  float* next = shared;
   const auto take = [&](bool wanted, int64_t floats) {
     float* at = next;
     if (wanted) next += floats;
@@ -902,10 +893,10 @@ void attention_bwd(const RopeAttentionParams& p, const Runtime& runtime) {
   const int64_t slots = min64(runtime.num_threads, items);
   Arena size{nullptr};
   BwdScratch(call, size);
-  const Workspace workspace(size.used * slots);
+  const Buffer workspace(size.used * slots);
   runtime.parallel_for(0, slots, 1, [&](int64_t begin, int64_t end) {
     for (int64_t slot = begin; slot < end; ++slot) {
-      Arena arena{workspace.data + slot * size.used};
+      Arena arena{workspace + slot * size.used};
       BwdScratch w(call, arena);
       clear(w.rows, max64(kLanes, kBwdQueries) * kRowPitch);
       clear(w.drows, max64(kLanes, kBwdQueries) * kRowPitch);
@@ -946,7 +937,7 @@ void attention_bwd(const RopeAttentionParams& p, const Runtime& runtime) {
   if (parts > 1 && (want.k || want.v)) {
     runtime.parallel_for(0, slots, 1, [&](int64_t begin, int64_t end) {
       for (int64_t slot = begin; slot < end; ++slot) {
-        Arena arena{workspace.data + slot * size.used};
+        Arena arena{workspace + slot * size.used};
         BwdScratch w(call, arena);
         for_share(
             call, slot, slots, [&](const Sequence& s) { return s.length == 0 ? 0 : p.Hkv; }, cost,

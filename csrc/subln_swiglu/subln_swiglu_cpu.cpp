@@ -16,14 +16,14 @@ namespace {
 template <class T>
 void subln_swiglu_fwd(const SublnSwigluFwdParams& p, const Runtime& runtime) {
   const int64_t F = p.F, width = padded(F);
-  Scratch params(2 * width);
-  float *w = params.data, *b = w + width;
+  const Buffer params(2 * width);
+  float *w = params, *b = w + width;
   load_param(w, p.weight, F, 1.f);
   load_param(b, p.bias, F, 0.f);
   const bool streamed = is_streamed(static_cast<const T*>(p.out), p.out_stride, p.rows, F);
   runtime.parallel_for(0, p.rows, row_grain(F), [&](int64_t begin, int64_t end) {
-    Scratch scratch(width);
-    float* h = scratch.data;
+    const Buffer scratch(width);
+    float* h = scratch;
     for (int64_t row = begin; row < end; ++row) {
       const T* g = static_cast<const T*>(p.gate) + row * p.gate_stride;
       const T* u = static_cast<const T*>(p.up) + row * p.up_stride;
@@ -55,18 +55,18 @@ void subln_swiglu_fwd(const SublnSwigluFwdParams& p, const Runtime& runtime) {
 template <class T, bool kParamGrads>
 void subln_swiglu_bwd(const SublnSwigluBwdParams& p, const Runtime& runtime) {
   const int64_t F = p.F, width = padded(F);
-  Scratch params(width);
-  float* w = params.data;
+  const Buffer params(width);
+  float* w = params;
   load_param(w, p.weight, F, 1.f);
   const RowChunks chunks(p.rows);
-  Scratch partials(kParamGrads ? chunks.count * 2 * width : 0);
+  const Buffer partials(kParamGrads ? chunks.count * 2 * width : 0);
   const bool streamed = is_streamed(static_cast<const T*>(p.dgate), p.dgate_stride, p.rows, F) &&
                         is_streamed(static_cast<const T*>(p.dup), p.dup_stride, p.rows, F);
   runtime.parallel_for(0, chunks.count, chunks.grain(F), [&](int64_t begin, int64_t end) {
-    Scratch scratch(width);
-    float* sig = scratch.data;
+    const Buffer scratch(width);
+    float* sig = scratch;
     for (int64_t chunk = begin; chunk < end; ++chunk) {
-      float *dw = partials.data + chunk * 2 * width, *db = dw + width;
+      float *dw = partials + chunk * 2 * width, *db = dw + width;
       if (kParamGrads) fill(dw, 2 * width, 0.f);
       for (int64_t row = chunks.begin(chunk); row < chunks.end(chunk); ++row) {
         const T* dy = static_cast<const T*>(p.dout) + row * p.dout_stride;
@@ -92,6 +92,11 @@ void subln_swiglu_bwd(const SublnSwigluBwdParams& p, const Runtime& runtime) {
         if (p.dgate == nullptr && p.dup == nullptr) continue;
         const float c1 = sum_d.total() / static_cast<float>(F), c2 = sum_dx.total() / static_cast<float>(F);
         columns(F, [&](int64_t i, auto part, int) EVA02_ALWAYS_INLINE {
+          if (streamed) {  // memory is the bound, and this pass reads none of it: ask for the next row
+            __builtin_prefetch(dy + p.dout_stride + i);
+            __builtin_prefetch(g + p.gate_stride + i);
+            __builtin_prefetch(u + p.up_stride + i);
+          }
           const vf gate = ld(g + i, part), up = ld(u + i, part), s = load(sig + i), silu = gate * s;
           const vf x = (silu * up - mean) * rstd;
           const vf dh = (ld(dy + i, part) * load(w + i) - c1 - x * c2) * rstd;
@@ -108,8 +113,8 @@ void subln_swiglu_bwd(const SublnSwigluBwdParams& p, const Runtime& runtime) {
     if (streamed) stream_fence();
   });
   if (kParamGrads) {
-    reduce(p.dweight, partials.data, chunks.count, 2 * width, F, runtime);
-    reduce(p.dbias, partials.data + width, chunks.count, 2 * width, F, runtime);
+    reduce(p.dweight, partials, chunks.count, 2 * width, F, runtime);
+    reduce(p.dbias, partials + width, chunks.count, 2 * width, F, runtime);
   }
 }
 
