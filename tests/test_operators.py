@@ -421,7 +421,6 @@ def test_ragged_index_makes_flat_indices():
 
 
 def test_importing_starts_no_device_context_and_no_compiler():
-
     code = (
         "import sys, eva02_kernels, torch; assert not torch.cuda.is_initialized(); "
         "assert 'triton' not in sys.modules or not hasattr(sys.modules['triton'], '_eva02'); "

@@ -4,8 +4,9 @@
 namespace eva02 {
 namespace {
 
-// Activations are 2-D (rows, C) with a contiguous last dim, parameters (C,) contiguous, row_scale (rows /
-// rows_per_sample,), mean and rstd (rows,) float32; the Python adapter has checked shapes and dtypes.
+// Activations are (rows, C) with a contiguous last dim, or of any other shape and contiguous; parameters (C,)
+// contiguous, row_scale (rows / rows_per_sample,), mean and rstd (rows,) float32; the Python adapter has checked shapes
+// and dtypes.
 void add_layer_norm_fwd(Tensor x, OptTensor residual, OptTensor weight, OptTensor bias, double eps,
                         OptTensor layer_scale, OptTensor row_scale, bool rms, int64_t rows_per_sample, Tensor normed,
                         OptTensor sum, OptTensor mean, Tensor rstd) {
@@ -23,11 +24,11 @@ void add_layer_norm_fwd(Tensor x, OptTensor residual, OptTensor weight, OptTenso
                           .sum = ptr(sum),
                           .mean = ptr_as<float>(mean),
                           .rstd = ptr_as<float>(rstd),
-                          .rows = x.size(0),
-                          .C = x.size(1),
-                          .x_stride = x.stride(0),
+                          .rows = num_rows(x),
+                          .C = num_columns(x),
+                          .x_stride = row_stride(x),
                           .residual_stride = row_stride(residual),
-                          .normed_stride = normed.stride(0),
+                          .normed_stride = row_stride(normed),
                           .sum_stride = row_stride(sum)},
                          target_of(x));
 }
@@ -54,11 +55,11 @@ void add_layer_norm_bwd(Tensor dnormed, OptTensor dsum, Tensor sum, OptTensor we
                           .dweight = param_grad_of(dweight, "dweight"),
                           .dbias = param_grad_of(dbias, "dbias"),
                           .dlayer_scale = param_grad_of(dlayer_scale, "dlayer_scale"),
-                          .rows = sum.size(0),
-                          .C = sum.size(1),
-                          .dnormed_stride = dnormed.stride(0),
+                          .rows = num_rows(sum),
+                          .C = num_columns(sum),
+                          .dnormed_stride = row_stride(dnormed),
                           .dsum_stride = row_stride(dsum),
-                          .sum_stride = sum.stride(0),
+                          .sum_stride = row_stride(sum),
                           .x_stride = row_stride(x),
                           .dx_stride = row_stride(dx),
                           .dresidual_stride = row_stride(dresidual)},

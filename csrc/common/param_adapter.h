@@ -17,7 +17,14 @@ inline ParamGrad param_grad_of(const OptTensor& t, const char* name) {
 }
 
 // Row stride of an optional 2-D tensor.
-inline int64_t row_stride(const Tensor& t) { return t.stride(0); }
-inline int64_t row_stride(const OptTensor& t) { return ptr(t) == nullptr ? 0 : t->stride(0); }
+// Rows of an activation: 2-D with a contiguous last dim, or of any other shape and contiguous.
+inline int64_t num_columns(const Tensor& t) { return t.size(t.dim() - 1); }
+inline int64_t num_rows(const Tensor& t) {
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < t.dim(); ++i) rows *= t.size(i);
+  return rows;
+}
+inline int64_t row_stride(const Tensor& t) { return t.dim() == 2 ? t.stride(0) : num_columns(t); }
+inline int64_t row_stride(const OptTensor& t) { return ptr(t) == nullptr ? 0 : row_stride(*t); }
 
 }  // namespace eva02

@@ -280,6 +280,11 @@ def rows_2d(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
 
 
+def rows_of(t: Tensor | None) -> Tensor | None:
+    """What a native kernel reads as rows: t itself where it is contiguous, which costs no view, else ``rows_2d``."""
+    return t if t is None or t.is_contiguous() else rows_2d(t)
+
+
 def last_dense(x: Tensor) -> Tensor:
     """x itself where its last dim is contiguous, else a copy."""
     return x if x.stride(-1) == 1 else x.contiguous()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from eva02_kernels._native import Library
-from eva02_kernels.ops._common import dense_like, empty_stats, rows_2d
+from eva02_kernels.ops._common import dense_like, empty_stats, num_rows, rows_of
 
 
 def _rows_per_sample(rows: int, row_scale: Tensor | None) -> int:
@@ -26,15 +26,14 @@ def fwd(
     row_scale: Tensor | None,
     rms: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x2 = rows_2d(x)
-    rows = x2.shape[0]
+    rows = num_rows(x)
     adds = residual is not None or layer_scale is not None or row_scale is not None
     normed = dense_like(x)
     total = torch.empty(x.shape if adds else 0, dtype=x.dtype, device=x.device)
     mean, rstd = empty_stats(x, 0 if rms else rows), empty_stats(x, rows)
     lib.add_layer_norm_fwd(
-        x2,
-        None if residual is None else rows_2d(residual),
+        rows_of(x),
+        rows_of(residual),
         weight,
         bias,
         eps,
@@ -42,8 +41,8 @@ def fwd(
         row_scale,
         rms,
         _rows_per_sample(rows, row_scale),
-        normed.view(x2.shape),
-        total.view(x2.shape) if adds else None,
+        normed,
+        total if adds else None,
         None if rms else mean,
         rstd,
     )
@@ -67,7 +66,6 @@ def bwd(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     needs_x, needs_residual, needs_weight, needs_bias, needs_scale = needs
-    total2 = rows_2d(total)
 
     def like(t: Tensor | None, need: bool) -> Tensor | None:
         return dense_like(t) if need and t is not None else None
@@ -78,19 +76,19 @@ def bwd(
     dresidual = None if same and needs_x else like(total, needs_residual)
     dweight, dbias, dscale = like(weight, needs_weight), like(bias, needs_bias), like(layer_scale, needs_scale)
     lib.add_layer_norm_bwd(
-        rows_2d(dnormed),
-        None if dsum is None else rows_2d(dsum),
-        total2,
+        rows_of(dnormed),
+        rows_of(dsum),
+        rows_of(total),
         weight,
         None if rms else mean,
         rstd,
-        None if x is None else rows_2d(x),
+        rows_of(x),
         layer_scale,
         row_scale,
         rms,
-        _rows_per_sample(total2.shape[0], row_scale),
-        None if dx is None else dx.view(total2.shape),
-        None if dresidual is None else dresidual.view(total2.shape),
+        _rows_per_sample(num_rows(total), row_scale),
+        dx,
+        dresidual,
         dweight,
         dbias,
         dscale,

@@ -15,22 +15,18 @@ from eva02_kernels.ops._common import (
     cpu_backend,
     cuda_backend,
     eager_backend,
+    num_rows,
     triton_backend,
 )
 from eva02_kernels.ops.mask_tokens import native
 
 
-def _rows(name: str, t: Tensor | None, width: int) -> Tensor | None:
-    """(1, n, C), (n, C) or (C,) -> (n, C)."""
-    if t is None:
-        return None
-    check(
-        t.dim() in (1, 2, 3) and t.shape[-1] == width and (t.dim() < 3 or t.shape[0] == 1),
-        name,
-        f"(1, n, {width}), (n, {width}) or ({width},)",
-        tuple(t.shape),
-    )
-    return t.reshape(-1, width)
+def _check_tokens(name: str, t: Tensor, width: int, like: Tensor) -> int:
+    """How many tokens a (1, n, C), (n, C) or (C,) parameter holds. It stays as it is: autograd would record a view."""
+    if t.dim() not in (1, 2, 3) or t.shape[-1] != width or (t.dim() == 3 and t.shape[0] != 1):
+        check(False, name, f"(1, n, {width}), (n, {width}) or ({width},)", tuple(t.shape))
+    check_parameter(name, t, t.shape, like)
+    return num_rows(t)
 
 
 def _canonical(
@@ -44,37 +40,30 @@ def _canonical(
     (patches,) = autocast(patches)
     check(patches.dim() == 3, "patches", "(B, P, C)", tuple(patches.shape))
     batch, count, width = patches.shape
-    if mask is not None:
-        check(
-            mask.dtype == torch.bool and tuple(mask.shape) == (batch, count),
-            "mask",
-            f"bool ({batch}, {count})",
-            f"{tuple(mask.shape)} {mask.dtype}",
-        )
-        check(mask_token is not None, "mask_token", "a tensor with a mask", None)
-    token = _rows("mask_token", mask_token, width) if mask is not None else None
-    if token is not None:
-        check(token.shape[0] == 1, "mask_token", "one token", tuple(mask_token.shape))  # type: ignore[union-attr]
-        token = token[0]
-    position, prefix = _rows("pos_embed", pos_embed, width), _rows("cls_token", cls_token, width)
-    tokens = count + (0 if prefix is None else prefix.shape[0])
-    if position is not None:
-        check(position.shape[0] == tokens, "pos_embed", f"{tokens} tokens", tuple(pos_embed.shape))  # type: ignore[union-attr]
-    for name, t in (("mask_token", token), ("pos_embed", position), ("cls_token", prefix)):
-        if t is not None:
-            check_parameter(name, t, t.shape, patches)
-    return patches, mask, token, position, prefix
+    if mask is None:
+        mask_token = None
+    else:
+        if mask.dtype != torch.bool or mask.shape != (batch, count):
+            check(False, "mask", f"bool ({batch}, {count})", f"{tuple(mask.shape)} {mask.dtype}")
+        if mask_token is None or _check_tokens("mask_token", mask_token, width, patches) != 1:
+            got = None if mask_token is None else tuple(mask_token.shape)
+            check(False, "mask_token", "one token with a mask", got)
+    tokens = count + (0 if cls_token is None else _check_tokens("cls_token", cls_token, width, patches))
+    if pos_embed is not None and _check_tokens("pos_embed", pos_embed, width, patches) != tokens:
+        check(False, "pos_embed", f"{tokens} tokens", tuple(pos_embed.shape))
+    return patches, mask, mask_token, pos_embed, cls_token
 
 
 def _reference(patches: Tensor, mask: Any, mask_token: Any, pos_embed: Any, cls_token: Any) -> Tensor:
     wide = torch.promote_types(patches.dtype, torch.float32)
     x = patches.to(wide)
     if mask is not None:
-        x = torch.where(mask[..., None], mask_token.to(wide), x)
+        x = torch.where(mask[..., None], mask_token.to(wide).reshape(-1), x)
     if cls_token is not None:
-        x = torch.cat([cls_token.to(wide).expand(x.shape[0], -1, -1), x], dim=1)
+        cls_token = cls_token.to(wide).reshape(1, -1, x.shape[-1])
+        x = torch.cat([cls_token.expand(x.shape[0], -1, -1), x], dim=1)
     if pos_embed is not None:
-        x = x + pos_embed.to(wide)
+        x = x + pos_embed.to(wide).reshape(x.shape[1:])
     return x.to(patches.dtype)
 
 
@@ -84,18 +73,18 @@ def _eager_fwd(*args: Any) -> Tensor:
 
 
 def _eager_bwd(dout: Tensor, mask: Any, mask_token: Any, pos_embed: Any, cls_token: Any, needs: Any) -> list[Tensor]:
-    prefix = 0 if cls_token is None else cls_token.shape[0]
+    prefix = native.num_prefix(cls_token)
     patches = torch.zeros_like(dout[:, prefix:])  # no gradient depends on their values
     return eager_gradients(_reference, (patches, mask, mask_token, pos_embed, cls_token), (0, 2, 3, 4), needs, [dout])
 
 
 def _fake_fwd(patches: Tensor, mask: Any, mask_token: Any, pos_embed: Any, cls_token: Any) -> Tensor:
-    prefix = 0 if cls_token is None else cls_token.shape[0]
+    prefix = native.num_prefix(cls_token)
     return patches.new_empty(patches.shape[0], prefix + patches.shape[1], patches.shape[2])
 
 
 def _fake_bwd(dout: Tensor, mask: Any, mask_token: Any, pos_embed: Any, cls_token: Any, needs: Any) -> list[Tensor]:
-    prefix = 0 if cls_token is None else cls_token.shape[0]
+    prefix = native.num_prefix(cls_token)
     tensors = (dout[:, prefix:], mask_token, pos_embed, cls_token)
     return [t.new_empty(t.shape) for t, need in zip(tensors, needs, strict=True) if need]
 

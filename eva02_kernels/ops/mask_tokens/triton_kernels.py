@@ -21,6 +21,7 @@ from eva02_kernels import _triton
 from eva02_kernels._launch import row_pieces
 from eva02_kernels.ops._common import contiguous, empty_like_needed, last_dense, present
 from eva02_kernels.ops._triton_lib import column_sums, parameter_partials, row_offsets
+from eva02_kernels.ops.mask_tokens.native import num_prefix
 
 
 @triton.jit(do_not_specialize=["M", "P", "prefix"])
@@ -98,7 +99,7 @@ def fwd(
     patches: Tensor, mask: Tensor | None, mask_token: Tensor | None, pos_embed: Tensor | None, cls_token: Tensor | None
 ) -> Tensor:
     batch, count, width = patches.shape
-    prefix = 0 if cls_token is None else cls_token.shape[0]
+    prefix = num_prefix(cls_token)
     out = torch.empty(batch, prefix + count, width, dtype=patches.dtype, device=patches.device)
     if not out.numel():
         return out
@@ -116,7 +117,7 @@ def bwd(
     needs: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
     batch, tokens, width = dout.shape
-    prefix, device = 0 if cls_token is None else cls_token.shape[0], dout.device
+    prefix, device = num_prefix(cls_token), dout.device
     shape = (batch, tokens - prefix, width)
     dpatches = torch.empty(shape, dtype=dout.dtype, device=device) if needs[0] else None
     parameters = empty_like_needed((mask_token, pos_embed, cls_token), needs[1:])
