@@ -4,7 +4,7 @@
 namespace eva02 {
 namespace {
 
-// Activations are 2-D with a contiguous last dim, weights and hidden (M, Fp) contiguous; the Python adapter has checked
+// Activations are rows (common/param_adapter.h), weights and hidden (M, Fp) contiguous; the Python adapter has checked
 // shapes and dtypes.
 GeluMlpShape shape_of(const Tensor& x, const Tensor& w1, const OptTensor& b1, const Tensor& w2, const OptTensor& b2,
                       bool pre_norm, const OptTensor& pre_weight, const OptTensor& pre_bias,
@@ -22,12 +22,12 @@ GeluMlpShape shape_of(const Tensor& x, const Tensor& w1, const OptTensor& b1, co
           .pre_bias = param_of(pre_bias, "pre_bias"),
           .layer_scale = param_of(layer_scale, "layer_scale"),
           .row_scale = scale,
-          .M = x.size(0),
-          .C = x.size(1),
+          .M = num_rows(x),
+          .C = num_columns(x),
           .F = w2.size(1),
           .Fp = (w2.size(1) + 7) / 8 * 8,
-          .rows_per_sample = scale == nullptr ? 1 : x.size(0) / row_scale->size(0),
-          .x_stride = x.stride(0)};
+          .rows_per_sample = scale == nullptr ? 1 : num_rows(x) / row_scale->size(0),
+          .x_stride = row_stride(x)};
 }
 
 void gelu_mlp_fwd(Tensor x, Tensor w1, OptTensor b1, Tensor w2, OptTensor b2, OptTensor pre_weight, OptTensor pre_bias,
@@ -40,7 +40,7 @@ void gelu_mlp_fwd(Tensor x, Tensor w1, OptTensor b1, Tensor w2, OptTensor b2, Op
        .hidden = ptr(hidden),
        .pre_mean = ptr_as<float>(pre_mean),
        .pre_rstd = ptr_as<float>(pre_rstd),
-       .out_stride = out.stride(0)},
+       .out_stride = row_stride(out)},
       target_of(x));
 }
 
@@ -62,7 +62,7 @@ void gelu_mlp_bwd(Tensor dout, Tensor x, Tensor w1, OptTensor b1, Tensor w2, Opt
        .dpre_weight = param_grad_of(dpre_weight, "dpre_weight"),
        .dpre_bias = param_grad_of(dpre_bias, "dpre_bias"),
        .dlayer_scale = param_grad_of(dlayer_scale, "dlayer_scale"),
-       .dout_stride = dout.stride(0),
+       .dout_stride = row_stride(dout),
        .dx_stride = row_stride(dx)},
       target_of(dout));
 }

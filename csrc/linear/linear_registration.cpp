@@ -4,7 +4,7 @@
 namespace eva02 {
 namespace {
 
-// Matrices are 2-D with a contiguous last dim, weights contiguous; the Python adapter has checked shapes and dtypes.
+// Activations are rows (common/param_adapter.h), weights contiguous; the Python adapter has checked shapes and dtypes.
 int64_t rows_per_sample(const OptTensor& row_scale, int64_t rows) {
   return ptr(row_scale) == nullptr ? 1 : rows / row_scale->size(0);
 }
@@ -19,13 +19,13 @@ void linear_fwd(Tensor x, Tensor weight, OptTensor bias, OptTensor residual, Opt
                   .layer_scale = param_of(layer_scale, "layer_scale"),
                   .row_scale = ptr_as<const float>(row_scale),
                   .out = ptr(out),
-                  .M = x.size(0),
+                  .M = num_rows(x),
                   .N = weight.size(0),
-                  .K = x.size(1),
-                  .rows_per_sample = rows_per_sample(row_scale, x.size(0)),
-                  .x_stride = x.stride(0),
+                  .K = num_columns(x),
+                  .rows_per_sample = rows_per_sample(row_scale, num_rows(x)),
+                  .x_stride = row_stride(x),
                   .residual_stride = row_stride(residual),
-                  .out_stride = out.stride(0)},
+                  .out_stride = row_stride(out)},
                  target_of(x));
 }
 
@@ -42,12 +42,12 @@ void linear_bwd(Tensor dout, Tensor x, Tensor weight, OptTensor bias, OptTensor 
                   .dweight = ptr(dweight),
                   .dbias = param_grad_of(dbias, "dbias"),
                   .dlayer_scale = param_grad_of(dlayer_scale, "dlayer_scale"),
-                  .M = x.size(0),
+                  .M = num_rows(x),
                   .N = weight.size(0),
-                  .K = x.size(1),
-                  .rows_per_sample = rows_per_sample(row_scale, x.size(0)),
-                  .dout_stride = dout.stride(0),
-                  .x_stride = x.stride(0),
+                  .K = num_columns(x),
+                  .rows_per_sample = rows_per_sample(row_scale, num_rows(x)),
+                  .dout_stride = row_stride(dout),
+                  .x_stride = row_stride(x),
                   .dx_stride = row_stride(dx)},
                  target_of(dout));
 }

@@ -5,8 +5,8 @@
 namespace eva02 {
 namespace {
 
-// x, qkv and dqkv are 2-D with a contiguous last dim, weights contiguous; the Python adapter has checked shapes and
-// dtypes. wk and wv absent: wq holds the rows of q, k and v.
+// x and dx are rows (common/param_adapter.h), qkv and dqkv 2-D with a contiguous last dim, weights contiguous; the
+// Python adapter has checked shapes and dtypes. wk and wv absent: wq holds the rows of q, k and v.
 struct Layout {
   int64_t M, C, heads, kv_heads, head_dim, sequences, seqlen;
   int64_t rows[3];
@@ -19,8 +19,8 @@ Layout layout_of(const Tensor& x, const Tensor& packed, const OptTensor& wk, con
                  const OptTensor& rope_sin, const OptTensor& rope_grids, const std::vector<int64_t>& rope_grid,
                  const std::string& rope_layout, int64_t num_prefix_tokens, const OptTensor& keep_idx) {
   Layout l{};
-  l.M = x.size(0);
-  l.C = x.size(1);
+  l.M = num_rows(x);
+  l.C = num_columns(x);
   l.heads = num_heads;
   l.kv_heads = num_kv_heads;
   l.head_dim = packed.size(1) / (num_heads + 2 * num_kv_heads);
@@ -74,7 +74,7 @@ void qkv_rope_fwd(Tensor x, Tensor wq, OptTensor wk, OptTensor wv, OptTensor bq,
                     .heads = l.heads,
                     .kv_heads = l.kv_heads,
                     .head_dim = l.head_dim,
-                    .x_stride = x.stride(0),
+                    .x_stride = row_stride(x),
                     .qkv_stride = qkv.stride(0)},
                    target_of(x));
 }
@@ -113,7 +113,7 @@ void qkv_rope_bwd(Tensor dqkv, Tensor x, Tensor wq, OptTensor wk, OptTensor wv, 
                     .kv_heads = l.kv_heads,
                     .head_dim = l.head_dim,
                     .dqkv_stride = dqkv.stride(0),
-                    .x_stride = x.stride(0),
+                    .x_stride = row_stride(x),
                     .dx_stride = row_stride(dx)},
                    target_of(dqkv));
 }

@@ -4,7 +4,7 @@
 namespace eva02 {
 namespace {
 
-// Activations are 2-D (rows, F) with a contiguous last dim, parameters (F,) contiguous, mean and rstd (rows,) float32;
+// Activations are rows (common/param_adapter.h), parameters (F,) contiguous, mean and rstd (rows,) float32;
 // the Python adapter has checked shapes and dtypes.
 void subln_swiglu_fwd(Tensor gate, Tensor up, Tensor weight, Tensor bias, double eps, Tensor out, Tensor mean,
                       Tensor rstd) {
@@ -17,11 +17,11 @@ void subln_swiglu_fwd(Tensor gate, Tensor up, Tensor weight, Tensor bias, double
                         .out = ptr(out),
                         .mean = ptr_as<float>(mean),
                         .rstd = ptr_as<float>(rstd),
-                        .rows = gate.size(0),
-                        .F = gate.size(1),
-                        .gate_stride = gate.stride(0),
-                        .up_stride = up.stride(0),
-                        .out_stride = out.stride(0)},
+                        .rows = num_rows(gate),
+                        .F = num_columns(gate),
+                        .gate_stride = row_stride(gate),
+                        .up_stride = row_stride(up),
+                        .out_stride = row_stride(out)},
                        target_of(gate));
 }
 
@@ -39,11 +39,11 @@ SublnSwigluBwdParams bwd_params(const Tensor& dout, const Tensor& gate, const Te
           .dup = ptr(dup),
           .dweight = param_grad_of(dweight, "dweight"),
           .dbias = param_grad_of(dbias, "dbias"),
-          .rows = gate.size(0),
+          .rows = num_rows(gate),
           .F = weight.size(0),
-          .dout_stride = dout.stride(0),
-          .gate_stride = gate.stride(0),
-          .up_stride = up.stride(0),
+          .dout_stride = row_stride(dout),
+          .gate_stride = row_stride(gate),
+          .up_stride = row_stride(up),
           .dgate_stride = row_stride(dgate),
           .dup_stride = row_stride(dup)};
 }

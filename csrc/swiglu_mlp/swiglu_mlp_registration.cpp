@@ -4,7 +4,7 @@
 namespace eva02 {
 namespace {
 
-// Activations are 2-D with a contiguous last dim, weights contiguous, gate_up (M, 2, Fp) contiguous; the Python adapter
+// Activations are rows (common/param_adapter.h), weights contiguous, gate_up (M, 2, Fp) contiguous; the Python adapter
 // has checked shapes and dtypes. w_up absent: w_gate holds the rows of both, b_gate their biases.
 SwigluMlpShape shape_of(const Tensor& x, const Tensor& w_gate, const OptTensor& b_gate, const OptTensor& w_up,
                         const OptTensor& b_up, const Tensor& w_down, const OptTensor& b_down, bool sub_norm,
@@ -13,12 +13,12 @@ SwigluMlpShape shape_of(const Tensor& x, const Tensor& w_gate, const OptTensor& 
                         const OptTensor& row_scale, bool add_x) {
   SwigluMlpShape s{};
   s.dtype = dtype_of(x, "x");
-  s.M = x.size(0);
-  s.C = x.size(1);
+  s.M = num_rows(x);
+  s.C = num_columns(x);
   s.F = w_down.size(1);
   s.Fp = (s.F + 7) / 8 * 8;
   s.x = ptr(x);
-  s.x_stride = x.stride(0);
+  s.x_stride = row_stride(x);
   s.w_gate = ptr(w_gate);
   s.w_up = ptr(w_up);
   s.w_down = ptr(w_down);
@@ -62,7 +62,7 @@ void swiglu_mlp_fwd(Tensor x, Tensor w_gate, OptTensor b_gate, OptTensor w_up, O
        .rstd = ptr_as<float>(rstd),
        .pre_mean = ptr_as<float>(pre_mean),
        .pre_rstd = ptr_as<float>(pre_rstd),
-       .out_stride = out.stride(0)},
+       .out_stride = row_stride(out)},
       target_of(x));
 }
 
@@ -95,7 +95,7 @@ void swiglu_mlp_bwd(Tensor dout, Tensor x, Tensor w_gate, OptTensor b_gate, OptT
       .dpre_weight = param_grad_of(dpre_weight, "dpre_weight"),
       .dpre_bias = param_grad_of(dpre_bias, "dpre_bias"),
       .dlayer_scale = param_grad_of(dlayer_scale, "dlayer_scale"),
-      .dout_stride = dout.stride(0),
+      .dout_stride = row_stride(dout),
       .dx_stride = row_stride(dx)};
   if (!w_up.has_value() || !w_up->defined()) {
     if (p.dw_gate != nullptr)

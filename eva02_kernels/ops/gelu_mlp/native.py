@@ -17,7 +17,7 @@ from eva02_kernels.ops._common import (
     padded,
     present,
     rows_2d,
-    view_2d,
+    rows_of,
 )
 
 
@@ -54,7 +54,7 @@ def fwd(lib: Library, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     out, *kept = outputs
     if out.numel():
         lib.gelu_mlp_fwd(
-            rows_2d(x), *_kernel_args(args), *contiguous(layer_scale, row_scale), add_x, view_2d(out), *nonempty(*kept)
+            rows_of(x), *_kernel_args(args), *contiguous(layer_scale, row_scale), add_x, out, *nonempty(*kept)
         )
     return outputs
 
@@ -68,13 +68,13 @@ def bwd(
     dx, *parameters = grads
     if dout.numel():
         lib.gelu_mlp_bwd(
-            rows_2d(dout),
-            rows_2d(x),
+            rows_of(dout),
+            rows_of(x),
             *_kernel_args(tuple(args))[:-1],  # backward needs no eps: it has rstd
             *contiguous(layer_scale, row_scale),
             add_x,
             *nonempty(hidden, pre_mean, pre_rstd),
-            None if dx is None else view_2d(dx),
+            dx,
             *parameters,
         )
     else:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from eva02_kernels._native import Library
-from eva02_kernels.ops._common import contiguous, empty_like_needed, empty_stats, present, rows_2d
+from eva02_kernels.ops._common import contiguous, empty_like_needed, empty_stats, num_rows, present, rows_2d, rows_of
 from eva02_kernels.ops.apply_rope import native as rope_native
 from eva02_kernels.rope import NUM_ROPE_ARGS, per_unit_table
 
@@ -34,12 +34,11 @@ def _rope_kernel_args(args: tuple[Any, ...], seq_len: int) -> tuple[Any, ...]:
 def fwd(lib: Library, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     seq_len, heads, kv_heads, head_dim = _geometry(x, args)
     pre_eps, has_pre_norm = args[NUM_PARAMETERS : NUM_PARAMETERS + 2]
-    x2 = rows_2d(x)
-    rows = x2.shape[0]
+    rows = num_rows(x)
     qkv = torch.empty(*x.shape[:-1], heads + 2 * kv_heads, head_dim, dtype=x.dtype, device=x.device)
     mean, rstd = (empty_stats(x, rows if has_pre_norm else 0) for _ in range(2))
     lib.qkv_rope_fwd(
-        x2,
+        rows_of(x),
         *_weights(args),
         pre_eps,
         *_rope_kernel_args(args, seq_len),
@@ -57,20 +56,20 @@ def bwd(
     seq_len, heads, kv_heads, _ = _geometry(x, tuple(args))
     has_pre_norm = args[NUM_PARAMETERS + 1]
     dqkv = dqkv.contiguous()
-    x2 = rows_2d(x)
+    rows = num_rows(x)
     grads = empty_like_needed((x, *args[:NUM_PARAMETERS]), needs[: 1 + NUM_PARAMETERS])
     dx, *parameters = grads
     kernel_args = _rope_kernel_args(tuple(args), seq_len)
     weights = _weights(tuple(args))  # biases have no part in backward
     lib.qkv_rope_bwd(
-        dqkv.view(x2.shape[0], -1) if dqkv.numel() else dqkv.new_empty(x2.shape[0], dqkv.shape[-2] * dqkv.shape[-1]),
-        x2,
+        dqkv.view(rows, dqkv.shape[-2] * dqkv.shape[-1]),
+        rows_of(x),
         *weights[:3],
         *weights[6:],
         mean if has_pre_norm else None,
         rstd if has_pre_norm else None,
         *kernel_args,
-        None if dx is None else dx.view(x2.shape),
+        dx,
         *parameters,
     )
     result = present(grads)

@@ -7,16 +7,15 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from eva02_kernels._native import Library
-from eva02_kernels.ops._common import dense_like, empty_stats, rows_2d
+from eva02_kernels.ops._common import dense_like, empty_stats, num_rows, rows_of
 
 
 def fwd(
     lib: Library, gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    g, u = rows_2d(gate), rows_2d(up)
-    out = dense_like(gate)
-    mean, rstd = empty_stats(gate, g.shape[0]), empty_stats(gate, g.shape[0])
-    lib.subln_swiglu_fwd(g, u, weight.contiguous(), bias.contiguous(), eps, out.view(g.shape), mean, rstd)
+    out, rows = dense_like(gate), num_rows(gate)
+    mean, rstd = empty_stats(gate, rows), empty_stats(gate, rows)
+    lib.subln_swiglu_fwd(rows_of(gate), rows_of(up), weight.contiguous(), bias.contiguous(), eps, out, mean, rstd)
     return out, mean, rstd
 
 
@@ -34,16 +33,15 @@ def bwd(
 ) -> list[Tensor]:
     grads = [dense_like(t) if need else None for t, need in zip((gate, up, weight, bias), needs, strict=True)]
     dgate, dup, dweight, dbias = grads
-    g, u = rows_2d(gate), rows_2d(up)
     lib.subln_swiglu_bwd(
-        rows_2d(dout),
-        g,
-        u,
+        rows_of(dout),
+        rows_of(gate),
+        rows_of(up),
         weight.contiguous(),
         mean,
         rstd,
-        None if dgate is None else dgate.view(g.shape),
-        None if dup is None else dup.view(g.shape),
+        dgate,
+        dup,
         dweight,
         dbias,
     )

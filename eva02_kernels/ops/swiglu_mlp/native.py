@@ -17,7 +17,7 @@ from eva02_kernels.ops._common import (
     padded,
     present,
     rows_2d,
-    view_2d,
+    rows_of,
 )
 
 # gate and up are kept in the activations' dtype, so that in 16 bits backward starts from rounded values that a float32
@@ -76,7 +76,7 @@ def fwd(lib: Library, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     out, *kept = outputs
     if out.numel():
         lib.swiglu_mlp_fwd(
-            rows_2d(x), *_kernel_args(args), *contiguous(layer_scale, row_scale), add_x, view_2d(out), *nonempty(*kept)
+            rows_of(x), *_kernel_args(args), *contiguous(layer_scale, row_scale), add_x, out, *nonempty(*kept)
         )
     return outputs
 
@@ -100,13 +100,13 @@ def bwd(
     kernel_args = (*weights, pre_weight, pre_bias)
     if dout.numel():
         lib.swiglu_mlp_bwd(
-            rows_2d(dout),
-            rows_2d(x),
+            rows_of(dout),
+            rows_of(x),
             *kernel_args,
             *contiguous(layer_scale, row_scale),
             add_x,
             *nonempty(gate_up, mean, rstd, pre_mean, pre_rstd),
-            None if dx is None else view_2d(dx),
+            dx,
             *parameters,
         )
     else:
