@@ -120,14 +120,12 @@ def empty_cache() -> None:
     PyTorch's allocator, whose own ``torch.cuda.empty_cache`` returns them.
     """
     if cpu_library()[0]:
-        limit = torch.ops.eva02_kernels_C.keep_workspaces(0)
-        torch.ops.eva02_kernels_C.keep_workspaces(limit)
+        torch.ops.eva02_kernels_C.release_workspaces()
 
 
-def fill_workspaces_with_nan(fill: bool) -> None:
-    """Fill what the CPU kernels work in with NaN at each call (for tests)."""
-    if cpu_library()[0]:
-        torch.ops.eva02_kernels_C.fill_workspaces_with_nan(fill)
+def fill_workspaces_with_nan(fill: bool) -> bool:
+    """Fill what the CPU kernels work in with NaN at each call (for tests); returns whether they did."""
+    return bool(cpu_library()[0]) and torch.ops.eva02_kernels_C.fill_workspaces_with_nan(fill)
 
 
 # ---- CUDA ------------------------------------------------------------------------------------------------------------

@@ -129,6 +129,22 @@ def test_is_deterministic(op, sample, backend, device):
             assert torch.equal(value, getattr(second, kind)[name]), name
 
 
+@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize(("op", "sample"), samples(smoke=True))
+def test_views_into_wider_rows_give_what_dense_inputs_give(op, sample, step, backend, device):
+    """Activations, weights and parameters alike; rows apart, and columns apart."""
+    _skip_where_refused(op, sample, torch.float32, backend, device)
+    dense = contract.make(sample, torch.float32)
+    results = [
+        contract.run(op, contract.cast(inputs, None, device), backend=backend)
+        for inputs in (dense, contract.spread(dense, step))
+    ]
+    for kind in ("outputs", "grads"):
+        found, expected = (getattr(result, kind) for result in reversed(results))
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
 @pytest.mark.parametrize(("op", "sample"), samples(smoke=True))
 @pytest.mark.parametrize("which", ["tested", "eager"])
 def test_opcheck(op, sample, which, backend, device):

@@ -104,7 +104,7 @@ void add_layer_norm_bwd(const AddLayerNormBwdParams& p, const Runtime& runtime) 
         Sum sum_d, sum_dx;  // of w * dy, and of w * dy * xhat
         columns(C, [&](int64_t i, auto part, int a) EVA02_ALWAYS_INLINE {
           if (streamed) {
-            __builtin_prefetch(dsum + i);
+            if (p.dsum != nullptr) __builtin_prefetch(dsum + i);
             if constexpr (kScaleGrad) __builtin_prefetch(x + i);
           }
           const vf dout = ld(dy + i, part), xhat = (ld(s + i, part) - mean) * rstd;

@@ -4,9 +4,8 @@
 namespace eva02 {
 namespace {
 
-// Activations are (rows, C) with a contiguous last dim, or of any other shape and contiguous; parameters (C,)
-// contiguous, row_scale (rows / rows_per_sample,), mean and rstd (rows,) float32; the Python adapter has checked shapes
-// and dtypes.
+// Activations are rows (common/param_adapter.h), parameters (C,) contiguous, row_scale (rows / rows_per_sample,), mean
+// and rstd (rows,) float32; the Python adapter has checked shapes and dtypes.
 void add_layer_norm_fwd(Tensor x, OptTensor residual, OptTensor weight, OptTensor bias, double eps,
                         OptTensor layer_scale, OptTensor row_scale, bool rms, int64_t rows_per_sample, Tensor normed,
                         OptTensor sum, OptTensor mean, Tensor rstd) {

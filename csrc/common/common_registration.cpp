@@ -39,14 +39,16 @@ void inverse_token_index(Tensor idx, int64_t batch, int64_t seqlen, Tensor entri
 STABLE_TORCH_LIBRARY_FRAGMENT(eva02_kernels_C, m) {
   m.def("cpu_isa_get() -> int");
   m.def("cpu_isa_set(int isa) -> ()");
+  m.def("release_workspaces() -> ()");
   m.def("keep_workspaces(int bytes) -> int");
-  m.def("fill_workspaces_with_nan(bool fill) -> ()");
+  m.def("fill_workspaces_with_nan(bool fill) -> bool");
   m.def("inverse_token_index_cpu(Tensor idx, int batch, int seqlen, Tensor(a!) entries, Tensor(b!) offsets) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(eva02_kernels_C, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa_get", TORCH_BOX(&cpu_isa_get));
   m.impl("cpu_isa_set", TORCH_BOX(&cpu_isa_set));
+  m.impl("release_workspaces", TORCH_BOX(&release_workspaces));
   m.impl("keep_workspaces", TORCH_BOX(&keep_workspaces_of));
   m.impl("fill_workspaces_with_nan", TORCH_BOX(&fill_workspaces_with_nan));
 }

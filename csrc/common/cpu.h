@@ -28,12 +28,13 @@ struct Runtime {
   }
 };
 
-// Memory for the duration of a call, on a cache line; throws std::bad_alloc. Call it outside parallel regions. What is
-// freed is kept for later calls, of any thread.
+// Memory for the duration of a call, on a cache line; throws std::bad_alloc, which ends the process inside a parallel
+// region. What is freed is kept for later calls, of any thread, but for small pieces.
 void* allocate_workspace(size_t bytes);
 void free_workspace(void* p);
+void release_workspaces();                 // gives back what is kept
 size_t keep_workspaces(size_t bytes);      // at most so many from now on; returns the limit until now
-void fill_workspaces_with_nan(bool fill);  // for tests: each workspace, before it is handed out
+bool fill_workspaces_with_nan(bool fill);  // for tests: each workspace, as it is handed out; returns whether it was so
 
 enum class Isa : int { baseline, avx2, avx512 };
 

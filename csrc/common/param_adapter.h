@@ -16,7 +16,6 @@ inline ParamGrad param_grad_of(const OptTensor& t, const char* name) {
   return {.data = ptr(t), .dtype = dtype_of(*t, name)};
 }
 
-// Row stride of an optional 2-D tensor.
 // Rows of an activation: a tensor (rows, C) with a contiguous last dim, or one of any other shape and contiguous.
 inline int64_t num_columns(const Tensor& t) { return t.size(t.dim() - 1); }
 inline int64_t num_rows(const Tensor& t) {

@@ -129,8 +129,8 @@ inline void store_param(const ParamGrad& grad, int64_t offset, const float* in, 
 // reduce() adds the partials in order: the same bits with any number of threads.
 struct RowChunks {
   int64_t rows, rows_per_chunk, count;
-  explicit RowChunks(int64_t rows)
-      : rows(rows), rows_per_chunk(max64(32, ceil_div(rows, 64))), count(ceil_div(rows, rows_per_chunk)) {}
+  explicit RowChunks(int64_t rows, int64_t least_rows = 32)
+      : rows(rows), rows_per_chunk(max64(least_rows, ceil_div(rows, 64))), count(ceil_div(rows, rows_per_chunk)) {}
   int64_t begin(int64_t chunk) const { return chunk * rows_per_chunk; }
   int64_t end(int64_t chunk) const { return min64(rows, (chunk + 1) * rows_per_chunk); }
   int64_t grain(int64_t C) const { return ceil_div(row_grain(C), rows_per_chunk); }

@@ -23,7 +23,7 @@ constexpr unsigned kSlots = 32;
 std::atomic<Block*> slots[kSlots];
 std::atomic<size_t> kept_bytes{0}, most_bytes{size_t{256} << 20};
 std::atomic<unsigned> next_out{0};  // the slot to empty next when there is no room
-bool filled_with_nan = false;
+std::atomic<bool> filled_with_nan{false};
 
 Block* new_block(size_t bytes) {
   const size_t total = sizeof(Block) + bytes;
@@ -49,8 +49,7 @@ Block* take(unsigned slot) {
 
 bool keep(unsigned slot, Block* block) {
   Block* empty = nullptr;
-  kept_bytes += block->bytes;
-  if (slots[slot].compare_exchange_strong(empty, block)) return true;
+  if ((kept_bytes += block->bytes) <= most_bytes && slots[slot].compare_exchange_strong(empty, block)) return true;
   kept_bytes -= block->bytes;
   return false;
 }
@@ -75,7 +74,7 @@ Block* find_or_make(size_t bytes) {
     Block* const block = take(slot);
     if (block == nullptr) continue;
     if (block->bytes >= bytes && block->bytes / 2 <= bytes) return block;
-    if (!keep(slot, block)) free(block);
+    if (!keep(slot, block)) keep_or_free(block);
   }
   return new_block(bytes);
 }
@@ -98,6 +97,10 @@ size_t keep_workspaces(size_t most) {
   return before;
 }
 
-void fill_workspaces_with_nan(bool fill) { filled_with_nan = fill; }
+void release_workspaces() {
+  for (unsigned slot = 0; slot < kSlots; ++slot) free(take(slot));
+}
+
+bool fill_workspaces_with_nan(bool fill) { return filled_with_nan.exchange(fill); }
 
 }  // namespace eva02

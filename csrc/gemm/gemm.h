@@ -215,7 +215,8 @@ void gemm(const Runtime& runtime, const GemmShape& s, const PackA& pack_a, const
   // The first unit of a worker, where it should start: the last strip may be narrower, so work is counted in columns.
   const auto first_unit = [&](int64_t worker) {
     const int64_t work = panels * s.n * worker / workers, before = panels * strip * (strips - 1);
-    return work < before ? work / strip : panels * (strips - 1) + (work - before) / (s.n - strip * (strips - 1));
+    if (work <= before) return ceil_div(work, strip);
+    return panels * (strips - 1) + ceil_div(work - before, s.n - strip * (strips - 1));
   };
 
   const bool split_k = s.k > kKB;

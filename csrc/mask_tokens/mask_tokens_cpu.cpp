@@ -48,7 +48,7 @@ void mask_tokens_fwd(const MaskTokensFwdParams& p, const Runtime& runtime) {
 template <class T>
 void mask_tokens_bwd(const MaskTokensBwdParams& p, const Runtime& runtime) {
   const int64_t C = p.C, N = p.num_prefix + p.P, width = padded(C);
-  const RowChunks chunks(N);
+  const RowChunks chunks(N, 16);  // a row is a position of all samples
   const bool token_grad = p.dmask_token.data != nullptr && p.mask != nullptr;
   const Buffer partials(token_grad ? chunks.count * width : 0);
   runtime.parallel_for(0, chunks.count, chunks.grain(C * max64(1, p.batch)), [&](int64_t begin, int64_t end) {

@@ -4,9 +4,9 @@
 namespace eva02 {
 namespace {
 
-// patches (B, P, C), dout and out (B, N, C), all with a contiguous last dim; mask (B, P) bool; mask_token (C,),
-// pos_embed (N, C) and cls_token (num_prefix, C) contiguous, pos_embed of the dtype of patches or float32. The Python
-// adapter has checked shapes and dtypes.
+// patches (B, P, C), dout and out (B, N, C), all with a contiguous last dim; mask (B, P) bool; the one, N and
+// num_prefix tokens of mask_token, pos_embed and cls_token contiguous, pos_embed of the dtype of patches or float32.
+// The Python adapter has checked shapes and dtypes.
 void mask_tokens_fwd(Tensor patches, OptTensor mask, OptTensor mask_token, OptTensor pos_embed, OptTensor cls_token,
                      Tensor out) {
   const bool has_mask = ptr(mask) != nullptr;

@@ -45,6 +45,7 @@ class Problem:
     from_public: Callable[..., tuple[Tensor, ...]] = lambda *grads: grads
     flops: tuple[int, int] = (0, 0)
     bytes_moved: tuple[int, int] = (0, 0)
+    bytes_without_gradients: int = 0
     arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})  # of the public operator
     extras: dict[str, Any] = field(default_factory=dict)  # what a peer may want: tables
 
@@ -496,6 +497,8 @@ def make_problem(op: str, shape: Shape, dtype: torch.dtype = torch.float32, devi
     spec = get_spec(op)
     args, kwargs = parts.pop("canonical")(draw.tensors)
     canonical = spec.canonical(*args, **kwargs)
+    with torch.no_grad():
+        forward_bytes, _ = spec.bytes_moved(*spec.canonical(*args, **kwargs))
     return Problem(
         op,
         shape,
@@ -504,6 +507,7 @@ def make_problem(op: str, shape: Shape, dtype: torch.dtype = torch.float32, devi
         arguments=(args, kwargs),
         flops=spec.flops(*canonical),
         bytes_moved=spec.bytes_moved(*canonical),
+        bytes_without_gradients=forward_bytes,
         **parts,
     )
 

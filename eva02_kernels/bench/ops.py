@@ -172,12 +172,13 @@ def run_ops(
                     backward = mode != "fwd"
                     # Five tokens are no load for a roofline: that row tells host time.
                     scale = (0.0, 0.0) if shape.name == "host" else (1.0, 1.0)
+                    moved = sum(problem.bytes_moved) if backward else problem.bytes_without_gradients
                     yield measure_rows(
                         {"suite": "ops", "case": op, "model": shape.name, "mode": mode, "dtype": config.dtype,
                          "shape": shape.describe()},
                         arms,
                         config,
                         flops=scale[0] * (problem.flops[0] + backward * problem.flops[1]),
-                        bytes_moved=scale[1] * (problem.bytes_moved[0] + backward * problem.bytes_moved[1]),
+                        bytes_moved=scale[1] * moved,
                         roofline=roofline,
                     )  # fmt: skip

@@ -92,6 +92,20 @@ def make(sample: Sample, dtype: torch.dtype, seed: int = 0) -> tuple[tuple[Any, 
     return sample.make(dtype, torch.Generator().manual_seed(seed))
 
 
+def spread(inputs: tuple[tuple[Any, ...], dict[str, Any]], step: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same values as views into wider rows: every ``step``-th column of them."""
+
+    def view(name: str, t: Tensor) -> Tensor:
+        if t.device.type == "meta" or t.dim() == 0 or not t.is_floating_point():
+            return t
+        wide = t.new_full((*t.shape[:-1], step * t.shape[-1] + 3), float("nan"))
+        return wide[..., : step * t.shape[-1] : step].copy_(t)
+
+    memo: dict[int, Tensor] = {}
+    args = tuple(_map(a, view, f"arg{i}", memo, "cpu") for i, a in enumerate(inputs[0]))
+    return args, _map(inputs[1], view, "", memo, "cpu")
+
+
 def output_grads(outputs: dict[str, Tensor], seed: int) -> list[Tensor]:
     """Incoming gradients, rounded to bfloat16 so that they are the same in every dtype."""
     generator = torch.Generator().manual_seed(1000 + seed)

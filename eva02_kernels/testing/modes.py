@@ -35,11 +35,11 @@ def nan_filled_memory() -> Iterator[None]:
     fill = memory.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True, warn_only=True)
     memory.fill_uninitialized_memory = True  # type: ignore[attr-defined]
-    _native.fill_workspaces_with_nan(True)
+    workspaces = _native.fill_workspaces_with_nan(True)
     try:
         yield
     finally:
-        _native.fill_workspaces_with_nan(False)
+        _native.fill_workspaces_with_nan(workspaces)
         memory.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from eva02_kernels._native import Library
-from eva02_kernels.ops._common import dense_like, empty_stats, num_rows, rows_of
+from eva02_kernels.ops._common import contiguous, dense_like, empty_stats, num_rows, rows_of
 
 
 def _rows_per_sample(rows: int, row_scale: Tensor | None) -> int:
@@ -34,11 +34,9 @@ def fwd(
     lib.add_layer_norm_fwd(
         rows_of(x),
         rows_of(residual),
-        weight,
-        bias,
+        *contiguous(weight, bias),
         eps,
-        layer_scale,
-        row_scale,
+        *contiguous(layer_scale, row_scale),
         rms,
         _rows_per_sample(rows, row_scale),
         normed,
@@ -79,12 +77,11 @@ def bwd(
         rows_of(dnormed),
         rows_of(dsum),
         rows_of(total),
-        weight,
+        *contiguous(weight),
         None if rms else mean,
         rstd,
         rows_of(x),
-        layer_scale,
-        row_scale,
+        *contiguous(layer_scale, row_scale),
         rms,
         _rows_per_sample(num_rows(total), row_scale),
         dx,

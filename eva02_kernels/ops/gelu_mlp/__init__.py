@@ -6,7 +6,6 @@ adapter to ``csrc/gelu_mlp``.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from eva02_kernels.ops._common import add_residual, call
@@ -57,7 +56,7 @@ def gelu_mlp(
         w2,
         b2,
         pre_norm=pre_norm,
-        recompute=recompute or not torch.is_grad_enabled(),  # where there is no backward, nothing is kept for it
+        recompute=recompute,
         residual=residual,
         layer_scale=layer_scale,
         row_scale=row_scale,

@@ -16,7 +16,6 @@ from eva02_kernels.ops._common import (
     num_rows,
     padded,
     present,
-    rows_2d,
     rows_of,
 )
 
@@ -45,7 +44,7 @@ def empty_outputs(x: Tensor, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
 
 def _kernel_args(args: tuple[Any, ...]) -> tuple[Any, ...]:
     w1, b1, w2, b2, pre_weight, pre_bias, pre_eps = args[:7]
-    return (rows_2d(w1), *contiguous(b1), rows_2d(w2), *contiguous(b2, pre_weight, pre_bias), pre_eps)
+    return (*contiguous(w1, b1, w2, b2, pre_weight, pre_bias), pre_eps)
 
 
 def fwd(lib: Library, x: Tensor, *args: Any) -> tuple[Tensor, ...]:

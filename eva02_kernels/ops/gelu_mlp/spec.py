@@ -69,6 +69,7 @@ def _canonical(
     check_parameter("b2", b2, w2.shape[:1], x)
     check_residual(x, residual, w2.shape[0], add_x)
     check_scales(x, layer_scale, row_scale, w2.shape[0])
+    recompute = recompute or not torch.is_grad_enabled()  # without gradients there is nothing to keep
     return x, w1, b1, w2, b2, *canonical_pre_norm(pre_norm, x), layer_scale, row_scale, add_x, recompute
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from eva02_kernels._native import Library
-from eva02_kernels.ops._common import contiguous, empty_like_needed, present, rows_2d, rows_of
+from eva02_kernels.ops._common import contiguous, empty_like_needed, present, rows_of
 
 
 def fwd(
@@ -23,7 +23,7 @@ def fwd(
     out = torch.empty(*x.shape[:-1], weight.shape[0], dtype=x.dtype, device=x.device)
     lib.linear_fwd(
         rows_of(x),
-        rows_2d(weight),
+        weight.contiguous(),
         *contiguous(bias),
         rows_of(residual),
         *contiguous(layer_scale, row_scale),
@@ -47,7 +47,7 @@ def bwd(
     lib.linear_bwd(
         rows_of(dout),
         rows_of(x),
-        rows_2d(weight),
+        weight.contiguous(),
         *contiguous(bias, layer_scale, row_scale),
         dx,
         *parameters,

@@ -102,12 +102,21 @@ def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _samples() -> list[Sample]:
-    def make(*shape: int, mask: bool = True, pos: bool = True, cls: int = 1, float32_parameters: bool = False) -> Any:
+    def make(
+        *shape: int,
+        mask: bool = True,
+        pos: bool = True,
+        cls: int = 1,
+        float32_parameters: bool = False,
+        flat_parameters: bool = False,
+    ) -> Any:
         def inputs(dtype: torch.dtype, generator: torch.Generator) -> tuple[tuple[Any, ...], dict[str, Any]]:
             batch, count, width = shape
             parameter = torch.float32 if float32_parameters and dtype.itemsize < 4 else dtype
 
             def randn(*s: int) -> Tensor:
+                if flat_parameters:
+                    s = s[1:] if s[1] > 1 else s[2:]
                 return torch.randn(*s, generator=generator).to(parameter)
 
             patches = torch.randn(shape, generator=generator).to(dtype)
@@ -131,6 +140,7 @@ def _samples() -> list[Sample]:
         Sample("copy", make(2, 6, 24, mask=False, pos=False, cls=0)),
         Sample("registers", make(2, 6, 24, cls=5)),
         Sample("float32_parameters", make(2, 6, 24, float32_parameters=True)),
+        Sample("flat_parameters", make(2, 6, 24, flat_parameters=True)),
         Sample("empty", make(0, 6, 24)),
         Sample("Ti", make(2, 256, 192)),
     ]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from eva02_kernels._native import Library
-from eva02_kernels.ops._common import contiguous, empty_like_needed, empty_stats, num_rows, present, rows_2d, rows_of
+from eva02_kernels.ops._common import contiguous, empty_like_needed, empty_stats, num_rows, present, rows_of
 from eva02_kernels.ops.apply_rope import native as rope_native
 from eva02_kernels.rope import NUM_ROPE_ARGS, per_unit_table
 
@@ -23,7 +23,7 @@ def _geometry(x: Tensor, args: tuple[Any, ...]) -> tuple[int, int, int, int]:
 
 
 def _weights(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(None if w is None else rows_2d(w) for w in args[:3]) + contiguous(*args[3:NUM_PARAMETERS])
+    return contiguous(*args[:NUM_PARAMETERS])
 
 
 def _rope_kernel_args(args: tuple[Any, ...], seq_len: int) -> tuple[Any, ...]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from eva02_kernels import _triton
 from eva02_kernels._native import CUDA, Library
-from eva02_kernels.ops._common import dense_like, last_dense
+from eva02_kernels.ops._common import contiguous, dense_like, last_dense
 from eva02_kernels.ops.rope_attention.reference import split_packed
 from eva02_kernels.rope import NUM_ROPE_ARGS
 
@@ -25,7 +25,7 @@ def _kernel_args(lib: Library, q: Tensor, args: tuple[Any, ...]) -> tuple[Any, .
     mask, cu_seqlens, max_seqlen, causal, scale, q_norm, k_norm, norm_eps = args[NUM_ROPE_ARGS:]
     table = (None, None) if cos is None else (_aligned(lib, cos.contiguous()), _aligned(lib, sin.contiguous()))
     mask = None if mask is None else mask.contiguous()
-    shared = (*table, *rest, mask, cu_seqlens, causal, scale, q_norm, k_norm, norm_eps)
+    shared = (*table, *rest, mask, cu_seqlens, causal, scale, *contiguous(q_norm, k_norm), norm_eps)
     if lib is not CUDA:
         return shared
     longest = q.shape[1] if cu_seqlens is None else max_seqlen

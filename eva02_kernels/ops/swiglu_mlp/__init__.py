@@ -6,7 +6,6 @@ adapter to ``csrc/swiglu_mlp``.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from eva02_kernels.ops._common import add_residual, call
@@ -71,7 +70,7 @@ def swiglu_mlp(
         norm_bias,
         eps,
         pre_norm=pre_norm,
-        recompute=recompute or not torch.is_grad_enabled(),  # where there is no backward, nothing is kept for it
+        recompute=recompute,
         residual=residual,
         layer_scale=layer_scale,
         row_scale=row_scale,

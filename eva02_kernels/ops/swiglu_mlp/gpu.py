@@ -58,6 +58,7 @@ def fwd(on: Kernels, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     normed = normed_input(on, x2, *pre, statistics=(pre_mean, pre_rstd))
     hidden = torch.empty(rows, cols, dtype=x.dtype, device=x.device)
     b_gate, b_up, b_down, layer_scale, row_scale = contiguous(b_gate, b_up, b_down, layer_scale, row_scale)
+    norm_weight, norm_bias = contiguous(norm_weight, norm_bias)
     weights: Any = (rows_2d(w_gate), b_gate, None if w_up is None else rows_2d(w_up), b_up)
     w_down = padded_columns(rows_2d(w_down))
     to_out: Any = {"layer_scale": layer_scale, "row_scale": row_scale, "residual": x2 if add_x else None}
@@ -74,8 +75,8 @@ def fwd(on: Kernels, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
         if gate_up is None:
             gate_up = torch.empty(rows, 2, cols, dtype=x.dtype, device=x.device)
         activate(on, normed, *weights, kept=gate_up, hidden=None)
-        norm_bias = torch.zeros_like(norm_weight) if norm_bias is None else norm_bias.contiguous()
-        on.subln_forward(gate_up[:, 0], gate_up[:, 1], norm_weight.contiguous(), norm_bias, eps, hidden, mean, rstd,
+        norm_bias = torch.zeros_like(norm_weight) if norm_bias is None else norm_bias
+        on.subln_forward(gate_up[:, 0], gate_up[:, 1], norm_weight, norm_bias, eps, hidden, mean, rstd,
                          cols=cols)  # fmt: skip
     project(on, hidden, w_down, b_down, view_2d(out), **to_out)
     return outputs
@@ -99,6 +100,7 @@ def bwd(
     rows, cols = x2.shape[0], padded(hidden_width(w_gate, w_up))
     w_gate, w_down, w_up = rows_2d(w_gate), rows_2d(w_down), None if w_up is None else rows_2d(w_up)
     b_gate, b_up, b_down, layer_scale, row_scale = contiguous(b_gate, b_up, b_down, layer_scale, row_scale)
+    norm_weight, norm_bias = contiguous(norm_weight, norm_bias)
 
     normed = normed_input(on, x2, *pre) if dw_gate is not None or dw_up is not None or not kept.numel() else x2
     if not kept.numel():
@@ -117,7 +119,7 @@ def bwd(
         dhidden = torch.empty(rows, cols, dtype=x.dtype, device=x.device)
         on.multiply(gradient.dy, padded_columns(w_down), dhidden)
         grads[7:9] = empty_like_needed((norm_weight, norm_bias), needs[7:9])
-        on.subln_backward(dhidden, kept[:, 0], kept[:, 1], norm_weight.contiguous(), norm_bias, mean, rstd,
+        on.subln_backward(dhidden, kept[:, 0], kept[:, 1], norm_weight, norm_bias, mean, rstd,
                           dkept[:, 0], dkept[:, 1], hidden, (*grads[7:9], *bias_grads))  # fmt: skip
     grads[5], grads[6], grads[11] = output_parameter_gradients(
         on, gradient, None if hidden is None else hidden[:, : w_down.shape[1]], w_down, b_down, layer_scale, needs_out

@@ -16,7 +16,6 @@ from eva02_kernels.ops._common import (
     num_rows,
     padded,
     present,
-    rows_2d,
     rows_of,
 )
 
@@ -58,12 +57,7 @@ def empty_outputs(x: Tensor, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
 def _kernel_args(args: tuple[Any, ...]) -> tuple[Any, ...]:
     w_gate, b_gate, w_up, b_up, w_down, b_down, norm_weight, norm_bias, eps, pre_weight, pre_bias, pre_eps = args[:12]
     return (
-        rows_2d(w_gate),
-        *contiguous(b_gate),
-        None if w_up is None else rows_2d(w_up),
-        *contiguous(b_up),
-        rows_2d(w_down),
-        *contiguous(b_down, norm_weight, norm_bias),
+        *contiguous(w_gate, b_gate, w_up, b_up, w_down, b_down, norm_weight, norm_bias),
         eps,
         *contiguous(pre_weight, pre_bias),
         pre_eps,

@@ -84,6 +84,7 @@ def _canonical(
     check_residual(x, residual, w_down.shape[0], add_x)
     check_scales(x, layer_scale, row_scale, w_down.shape[0])
     pre = canonical_pre_norm(pre_norm, x)
+    recompute = recompute or not torch.is_grad_enabled()  # without gradients there is nothing to keep
     mlp = (x, w_gate, b_gate, w_up, b_up, w_down, b_down, norm_weight, norm_bias, eps)
     return *mlp, *pre, layer_scale, row_scale, add_x, recompute
 
