@@ -1,5 +1,5 @@
-// What kernels that walk one row of C columns at a time share: column loops with a tail, parameters as
-// float32, and sums over rows that do not depend on the number of threads.
+// What kernels that walk one row of C columns at a time share: column loops with a tail, parameters as float32,
+// and sums over rows that do not depend on the number of threads.
 #pragma once
 
 #include "common/buffer.h"

@@ -135,11 +135,6 @@ EVA02_INLINE void stream(float* p, vf v) {
   store(p, v);
 #endif
 }
-// Asks for the lines of n elements that will be stored to: a store that misses the caches otherwise waits for each.
-template <class T>
-EVA02_INLINE void prefetch_for_store(const T* p, int64_t n) {
-  for (int64_t i = 0; i < n; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(p + i, 1);
-}
 EVA02_INLINE void stream_fence() {
 #if defined(__x86_64__)
   _mm_sfence();
@@ -163,6 +158,14 @@ EVA02_INLINE void store(f16* p, vf v) {
 #else
   for (int i = 0; i < kLanes; ++i) p[i] = from_f32<f16>(v[i]);
 #endif
+}
+
+// Asks for the cache lines of n elements, to read or to store to.
+enum class For { load, store };
+template <For kUse, class T>
+EVA02_INLINE void prefetch(const T* p, int64_t n) {
+  for (int64_t i = 0; i < n; i += 64 / static_cast<int64_t>(sizeof(T)))
+    __builtin_prefetch(p + i, kUse == For::store ? 1 : 0);
 }
 
 // The first n lanes, 0 <= n < kLanes; the others read as zero and are not touched in memory.

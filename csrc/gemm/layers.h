@@ -368,7 +368,8 @@ void add_column_sums(const Runtime& runtime, int64_t r0, int64_t rows, int64_t n
                        });
 }
 
-// Rows between the one that an epilogue stores and the one whose lines it asks for.
+// Rows between the one that an epilogue stores and the one whose lines it asks for: a store that misses the caches
+// otherwise waits for each.
 constexpr int64_t kRowsAhead = 2;
 
 // Epilogue of a layer's last product: out = [residual +] row_scale * scale * (tile + bias); tiles start at row r0.
@@ -381,7 +382,7 @@ EVA02_INLINE void write_output(const Tile& t, int64_t r0, const float* bias, con
     const float* const v = t.row(i);
     const float s = row_scale(r);
     T* const y = out + r * out_stride + t.col0;
-    if (i + kRowsAhead < t.rows) prefetch_for_store(y + kRowsAhead * out_stride, t.cols);
+    if (i + kRowsAhead < t.rows) prefetch<For::store>(y + kRowsAhead * out_stride, t.cols);
     if (residual != nullptr) {
       const T* const add = residual + r * residual_stride + t.col0;
       for_columns(t.cols, [&](int64_t c, int64_t lanes) {

@@ -144,7 +144,7 @@ void qkv_rope_fwd(const QkvRopeFwdParams& p, const Runtime& runtime) {
              float* const v = t.row(i);
              for (int64_t c = 0; c < t.cols; c += kLanes) store(v + c, load(v + c) + load(bias + t.col0 + c));
              T* const out = qkv + r * p.qkv_stride + t.col0;
-             if (i + kRowsAhead < t.rows) prefetch_for_store(out + kRowsAhead * p.qkv_stride, t.cols);
+             if (i + kRowsAhead < t.rows) prefetch<For::store>(out + kRowsAhead * p.qkv_stride, t.cols);
              rotate_heads<false>(p, angles, r, t.col0, t.cols, v, out);
            }
          });

@@ -26,7 +26,9 @@ constexpr int kRows = 6;  // 6 x 2 of 16
 #endif
 constexpr int64_t kPanel = 2 * kLanes;  // columns of a micro-kernel
 constexpr int64_t kKeys = 320;          // keys of a tile
-constexpr int64_t kAhead = 16;          // tokens between the row that is read and the one that is prefetched
+// Tokens between the row that is read and the one that is asked for: rows of a head lie a token apart, further than
+// hardware prefetchers follow.
+constexpr int64_t kAhead = 16;
 #if defined(__AVX512F__)
 constexpr int64_t kFwdQueries = kRows;
 constexpr int64_t kBwdQueries = 5 * kRows;
@@ -519,12 +521,6 @@ void load_queries(const Call& call, const Angles& angles, const Sequence& s, int
                   rows + i * kRowPitch);
 }
 
-// Rows of a head lie a token apart, further than hardware prefetchers follow.
-template <class T>
-EVA02_INLINE void prefetch_row(const T* row, int64_t D) {
-  for (int64_t i = 0; i < D; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + i);
-}
-
 // k transformed, transposed (for scores) and, if `by_row`, also as rows (for dq).
 template <class T>
 void pack_keys(const Call& call, const Angles& angles, const Sequence& s, int64_t h, float* rows, float* columns,
@@ -533,7 +529,7 @@ void pack_keys(const Call& call, const Angles& angles, const Sequence& s, int64_
     const int64_t n = min64(kLanes, s.length - t);
     for (int64_t i = 0; i < n; ++i) {
       float* row = rows + i * kRowPitch;
-      prefetch_row(call.row<const T>(call.p.k, s, min64(t + i + kAhead, s.length - 1), h), call.p.D);
+      prefetch<For::load>(call.row<const T>(call.p.k, s, min64(t + i + kAhead, s.length - 1), h), call.p.D);
       transform_row(call.k_rows, call.row<const T>(call.p.k, s, t + i, h), angles.of(call, t + i), 1.f, row);
       if (by_row) pack_row(row, call.p.D, s.length, t + i, by_row);
     }
@@ -612,7 +608,7 @@ void attend(const Call& call, const FwdScratch& w, const Sequence& s, int64_t t,
   const RopeAttentionParams& p = call.p;
   const int64_t D = p.D, ldc = call.channel_panels * kPanel;
   load_queries<T>(call, w.angles, s, t, n, h, w.rows);
-  for (int64_t i = t + n; i < min64(t + 2 * n, s.length); ++i) prefetch_row(call.row<const T>(p.q, s, i, h), D);
+  for (int64_t i = t + n; i < min64(t + 2 * n, s.length); ++i) prefetch<For::load>(call.row<const T>(p.q, s, i, h), D);
   float max[kFwdQueries], sum[kFwdQueries];
   for (int64_t i = 0; i < n; ++i) {
     max[i] = -kInf;
@@ -677,7 +673,7 @@ void attention_fwd(const RopeAttentionParams& p, const Runtime& runtime) {
           if (s.b != packed_b) w.bias.prepare(call, s);
           pack_keys<T>(call, w.angles, s, kv, w.rows, w.keys, nullptr);
           for (int64_t t = 0; t < s.length; ++t) {
-            prefetch_row(call.row<const T>(p.v, s, min64(t + kAhead, s.length - 1), kv), p.D);
+            prefetch<For::load>(call.row<const T>(p.v, s, min64(t + kAhead, s.length - 1), kv), p.D);
             pack_row(call.row<const T>(p.v, s, t, kv), p.D, s.length, t, w.values);
           }
           packed_b = s.b;

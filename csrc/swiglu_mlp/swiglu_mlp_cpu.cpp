@@ -55,7 +55,7 @@ void gate_and_up(const SwigluMlpShape& s, const Runtime& runtime, int64_t rows, 
           const float *const g = t.row(i, 0), *const u = t.row(i, 1);
           T* const out = gate_up == nullptr ? nullptr : gate_up + r * 2 * s.Fp + t.col0;
           float* const h = hidden == nullptr ? nullptr : hidden + r * s.Fp + t.col0;
-          if (h != nullptr && i + kRowsAhead < t.rows) prefetch_for_store(h + kRowsAhead * s.Fp, t.cols);
+          if (h != nullptr && i + kRowsAhead < t.rows) prefetch<For::store>(h + kRowsAhead * s.Fp, t.cols);
           for_columns(t.cols, [&](int64_t c, int64_t lanes) {
             const vf gate = round_to<T>(load(g + c) + load(b_gate + t.col0 + c));
             const vf up = round_to<T>(load(u + c) + load(b_up + t.col0 + c));
